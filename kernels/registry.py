@@ -1,0 +1,100 @@
+"""Which code runs an operator: kernels claim a call or decline it with a reason; unclaimed calls run the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linearize.errors import LinearizeError
+from linearize.ops import OPERATORS
+from linearize.ops._library import LIBRARY
+
+REFERENCE = "reference"
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+Check = Callable[..., str | None]
+Call = Callable[..., Any]
+
+
+def always(*args: Any, **kwargs: Any) -> None:
+    """The check of a kernel that claims every call."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of the operator named `op` on a device type ("cpu", "cuda").
+
+    `check` takes the call's arguments and returns None when the kernel claims it, otherwise why it declines; `run`
+    takes the same arguments, runs below autograd and returns the outputs. Higher priorities are asked first. `missing`
+    says why the kernel cannot be used on this machine at all ("" = it can).
+    """
+
+    name: str
+    op: str
+    device: str
+    priority: int
+    check: Check
+    run: Call
+    missing: str = ""
+
+
+_KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {}
+_INSTALLED: set[tuple[str, str]] = set()
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel; it is used from the next call on."""
+    if kernel.op not in OPERATORS:
+        raise LinearizeError(f"kernel {kernel.name}: no operator {kernel.op}; known: {', '.join(OPERATORS)}")
+    if kernel.device not in DISPATCH_KEYS:
+        raise LinearizeError(f"kernel {kernel.name}: no device type {kernel.device}; known: {', '.join(DISPATCH_KEYS)}")
+    others = [known for known in kernels_for(kernel.op, kernel.device) if known.name != kernel.name]
+    key = (kernel.op, kernel.device)
+    _KERNELS[key] = tuple(sorted([*others, kernel], key=lambda known: -known.priority))
+    return kernel
+
+
+def kernels_for(op: str, device: str) -> tuple[Kernel, ...]:
+    """The kernels of an operator on a device type, the one asked first in front."""
+    return _KERNELS.get((op, device), ())
+
+
+def choose(
+    op: str, device: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    """(the kernel that claims this call, or None for the reference; name and reason of those that declined)."""
+    declined = []
+    for kernel in kernels_for(op, device):
+        reason = kernel.missing or kernel.check(*args, **kwargs)
+        if reason is None or reason == "":
+            return kernel, declined
+        declined.append((kernel.name, reason))
+    return None, declined
+
+
+def explain(op: str, device: str) -> list[tuple[str, str]]:
+    """(name, "available" or why not) of each kernel of an operator, the reference last; for `linearize doctor`."""
+    rows = [(kernel.name, kernel.missing or "available") for kernel in kernels_for(op, device)]
+    return [*rows, (REFERENCE, "available")]
+
+
+def install() -> None:
+    """Let the registry answer every operator on the devices that have kernels. Safe to call again."""
+    for op, device in _KERNELS:
+        if (op, device) not in _INSTALLED:
+            LIBRARY.impl(op, _dispatcher(op, device), DISPATCH_KEYS[device])
+            _INSTALLED.add((op, device))
+
+
+def _dispatcher(op: str, device: str) -> Call:
+    """The function behind an operator's dispatch key; short, since decoding calls it per layer and token."""
+    key, reference = (op, device), OPERATORS[op].reference
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        for kernel in _KERNELS[key]:
+            if not kernel.missing and kernel.check(*args, **kwargs) is None:
+                return kernel.run(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    return dispatch

@@ -1,0 +1,58 @@
+"""linearize: a compiler from softmax attention to a fixed-size state, for any decoder-only language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearizedModel",
+    "Plan",
+    "Recipe",
+    "capture",
+    "compile",
+    "demo_model_dir",
+    "export",
+    "inspect",
+    "load",
+    "recipes",
+]
+
+if TYPE_CHECKING:
+    from linearize.api import compile, demo_model_dir, inspect, load
+    from linearize.capture.torch_export import capture
+    from linearize.export.write import export
+    from linearize.plan import Plan
+    from linearize.recipe import Recipe, recipes
+    from linearize.runtime.model import LinearizedModel
+
+_HOMES = {
+    "LinearizedModel": "linearize.runtime.model",
+    "Plan": "linearize.plan",
+    "Recipe": "linearize.recipe",
+    "compile": "linearize.api",
+    "demo_model_dir": "linearize.api",
+    "inspect": "linearize.api",
+    "load": "linearize.api",
+    "recipes": "linearize.recipe",
+    # packages of the same name answer the call themselves, see _callable.py
+    "capture": "linearize.capture",
+    "export": "linearize.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use, so that `import linearize` costs little more than `import torch`."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    value = module if _HOMES[name] == f"linearize.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,133 @@
+"""compile(): the whole compiler in one screen; each line leads to one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize.capture import hf
+from linearize.capture.torch_export import capture
+from linearize.passes.calibrate import CalibrateOutputs
+from linearize.passes.lower import LOWER_PASSES
+from linearize.passes.rewrite import InsertMixers, RaiseAttention
+from linearize.pipeline import run_pipeline
+from linearize.plan import Plan
+from linearize.program import Program
+from linearize.recipe import Recipe
+from linearize.report import Report, SiteReport
+from linearize.runtime.model import LinearizedModel
+from linearize.spec import NoMatch, Site
+from linearize.verify import check_state_threading
+
+
+def compile(
+    model: nn.Module,
+    recipe: str | Path | Recipe = "lolcats",
+    *,
+    calibration: Iterable[torch.Tensor] | None = None,
+    plan: Plan | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> LinearizedModel:
+    """Replace a decoder-only model's softmax attention by mixers with a fixed-size state.
+
+    Args:
+        model: any `nn.Module` that maps token ids int64 [B, T] to logits, transformers or not. It is left as it was.
+        recipe: a name from `linearize.recipes()`, with options (`"lolcats{window=32}"`), a `.toml` path or a Recipe.
+        calibration: batches of token ids int64 [B, T] to fit on; None draws the teacher's own samples.
+        plan: what each site becomes; None lets the recipe decide.
+        tokens: how many tokens to fit on; None takes the recipe's number, 0 leaves the mixers at their start.
+        seed: of samples and of the fit; the same numbers on the same machine.
+        progress: draw progress bars on stderr.
+
+    Returns:
+        A LinearizedModel; sites that could not be matched are in its `report.refused`, left as they were.
+
+    Raises:
+        CaptureError, RecipeError, DataError, VerificationError: each says what, where, and what to do.
+    """
+    policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    captured = capture(model)
+    teacher = run_pipeline(captured, [RaiseAttention()])
+    plan = plan or policy.plan(captured.matched)
+    plan.check([site.index for site in captured.matched])
+    student = run_pipeline(teacher, [InsertMixers(plan)])
+    check_state_threading(student)
+    report = start_report(student, plan, seed)
+    fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report)
+    student = run_pipeline(student, [fit])
+    return finish(student, plan, report, hf.tokenizer_files(model))
+
+
+def finish(student: Program, plan: Plan, report: Report, files: dict[str, bytes]) -> LinearizedModel:
+    """Lower a rewritten and fitted program and wrap it."""
+    lowered = run_pipeline(student, LOWER_PASSES)
+    report.kernels = {node.name: node.meta["kernel"] for node in lowered.graph.nodes if "kernel" in node.meta}
+    report.seconds = {record.name: round(record.seconds, 3) for record in lowered.history}
+    return LinearizedModel(lowered, student, plan, report, files).eval()
+
+
+def start_report(program: Program, plan: Plan, seed: int) -> Report:
+    rows = [
+        SiteReport(site=entry.site, module=entry.module, mixer=entry.label(), reason=entry.reason)
+        for entry in plan.entries
+    ]
+    refused = [f"site {site.index} ({site.module}): {site.reason}" for site in program.refused]
+    return Report(recipe=plan.recipe, seed=seed, sites=rows, refused=refused, notes=list(program.notes))
+
+
+def load(directory: str | Path) -> LinearizedModel:
+    """Read what `LinearizedModel.save_pretrained` wrote. Nothing in the directory is executed.
+
+    Raises:
+        ArtifactError: it is not such a directory, or a file is missing, damaged or of an unknown version.
+    """
+    from linearize.runtime.saving import read
+
+    return finish(*read(directory))
+
+
+def inspect(model: nn.Module, recipe: str | Path | Recipe | None = None) -> dict[str, Any]:
+    """What `linearize inspect --json` prints: every attention of a model, matched or refused and why, and the plan."""
+    return describe(capture(model), recipe)
+
+
+def describe(program: Program, recipe: str | Path | Recipe | None = None) -> dict[str, Any]:
+    """`inspect` for a program that is captured already."""
+    plan = None
+    if recipe is not None:
+        policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        plan = policy.plan(program.matched)
+    return {
+        "model": program.model_name,
+        "captured_by": program.captured_by,
+        "nodes": len(program.graph.nodes),
+        "sites": [_describe_site(site, plan) for site in program.sites],
+        "notes": list(program.notes),
+    }
+
+
+def _describe_site(site: Site | NoMatch, plan: Plan | None) -> dict[str, Any]:
+    spec = site.attention if isinstance(site, Site) else None
+    return {
+        "index": site.index,
+        "module": site.module,
+        "status": "matched" if site.matched else "refused",
+        "reason": site.reason,
+        "heads": spec.heads if spec else None,
+        "kv_heads": spec.kv_heads if spec else None,
+        "head_dim": spec.head_dim if spec else None,
+        "mask": str(spec.mask) if spec else None,
+        "extras": list(site.extras) if isinstance(site, Site) else [],
+        "plan": plan.entry(site.index).label() if plan and site.matched else None,
+    }
+
+
+def demo_model_dir() -> Path:
+    """The embedded default: a small Llama-architecture model and its tokenizer, as a transformers directory."""
+    return Path(__file__).parent / "demo_model"

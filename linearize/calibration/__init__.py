@@ -1,0 +1,1 @@
+"""Fitting mixers to their teacher: data, the streaming teacher, and the fit by output MSE."""

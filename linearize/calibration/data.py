@@ -1,0 +1,75 @@
+"""Token ids to fit on: batches that the user gives, a text file, or the teacher's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.errors import DataError
+from linearize.runtime.model import check_tokens
+
+
+def checked_batches(calibration: Iterable[Tensor], vocab_size: int | None, tokens: int) -> list[Tensor]:
+    """int64 batches [B, T] from the user's iterable, until `tokens` tokens are there.
+
+    Raises:
+        DataError: no batch, one that is no int [B, T] with T >= 2, or ids outside the vocabulary.
+    """
+    batches: list[Tensor] = []
+    have = 0
+    for batch in calibration:
+        if have >= tokens:
+            break
+        check_tokens(batch, vocab_size)
+        if batch.shape[1] < 2:
+            raise DataError(f"calibration batch {len(batches)} has sequences of one token; nothing attends to anything")
+        batches.append(batch.to(torch.int64))
+        have += batch.numel()
+    if not batches:
+        raise DataError("the calibration data is empty: it yields no batch of token ids")
+    return batches
+
+
+def split_rows(batches: list[Tensor], size: int) -> list[Tensor]:
+    """The same sequences in batches of at most `size` rows."""
+    return [part for batch in batches for part in batch.split(size)]
+
+
+def read_text(path: str | Path, tokenizer: Any, length: int, tokens: int) -> list[Tensor]:
+    """Pack a UTF-8 text file into int64 rows [1, length], at most `tokens` tokens in all.
+
+    Raises:
+        DataError: the file cannot be read, is empty, is not text, or holds fewer than 2 tokens.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty; calibration needs text")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)[: max(tokens, 2)]
+    if ids.numel() < 2:
+        raise DataError(f"{path} holds {ids.numel()} token; calibration needs at least 2")
+    if ids.numel() < length:
+        return [ids[None]]
+    return list(ids[: ids.numel() // length * length].reshape(-1, 1, length))
+
+
+def held_out_split(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(to fit on, held out): every eighth batch, the last at least, is never fitted on. A single batch is split by
+    rows, and one single row by length, so that the two never share a token."""
+    if len(batches) == 1:
+        only = batches[0]
+        dim = 0 if only.shape[0] > 1 else 1
+        cut = max(1, only.shape[dim] * 7 // 8)
+        first, second = only.split([cut, only.shape[dim] - cut], dim=dim)
+        return ([first], [second]) if second.numel() else ([only], [only])
+    held = [batch for index, batch in enumerate(batches) if index % 8 == 7] or batches[-1:]
+    chosen = {id(batch) for batch in held}
+    return [batch for batch in batches if id(batch) not in chosen], held

@@ -1,0 +1,81 @@
+"""The teacher's own samples: text drawn from the model itself, so that fitting needs no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.errors import DataError
+from linearize.passes.lower import LOWER_PASSES
+from linearize.passes.rewrite import InsertMixers
+from linearize.pipeline import run_pipeline
+from linearize.plan import Plan, PlanEntry
+from linearize.program import Program
+from linearize.progress import Progress
+from linearize.report import Report
+from linearize.runtime.generate import Sampling, choose
+from linearize.runtime.model import LinearizedModel
+
+ROWS_AT_ONCE = 128
+
+
+def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progress: Progress) -> list[Tensor]:
+    """int64 rows [B, length] drawn at temperature 1, `tokens` tokens or a few more.
+
+    Rows start from the source's `bos_token_id`; sources without one start from a random token.
+
+    Raises:
+        DataError: the vocabulary is unknown, so nothing can be drawn; pass calibration data.
+    """
+    vocabulary = teacher.vocab_size
+    if vocabulary is None:
+        raise DataError("the model embeds no token ids in a way that tells its vocabulary; pass calibration data")
+    length = min(length, _limit(teacher) or length)
+    rows = max(8, -(-tokens // length))
+    generator = torch.Generator(device=teacher.device).manual_seed(seed)
+    start = _first_tokens(teacher, rows, vocabulary, generator)
+    model = _with_cache(teacher)
+    batches = []
+    with torch.no_grad():
+        for part in progress.track(start.split(ROWS_AT_ONCE), "sampling the teacher"):
+            batches.append(_continue(model, part, length, generator, progress))
+    return batches
+
+
+def _with_cache(teacher: Program) -> LinearizedModel:
+    """The teacher itself, run with a key-value cache: the `keep` mixer at every site."""
+    entries = [PlanEntry(site=site.index, module=site.module, mixer="keep") for site in teacher.matched]
+    plan = Plan(recipe="none", entries=tuple(entries))
+    program = run_pipeline(teacher, [InsertMixers(plan), *LOWER_PASSES])
+    return LinearizedModel(program, program, plan, Report(), {}).eval()
+
+
+def _first_tokens(teacher: Program, rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    bos: Any = (teacher.source_config or {}).get("bos_token_id")
+    if isinstance(bos, int) and 0 <= bos < vocabulary:
+        return torch.full((rows, 1), bos, dtype=torch.int64, device=teacher.device)
+    return torch.randint(0, vocabulary, (rows, 1), generator=generator, device=teacher.device)
+
+
+def _continue(
+    model: LinearizedModel, tokens: Tensor, length: int, generator: torch.Generator, progress: Progress
+) -> Tensor:
+    sampling, state = Sampling(do_sample=True), None
+    step = tokens
+    for _ in progress.track(range(length - 1), "sampling the teacher"):
+        if model.program.stateless_reason:
+            logits = model(tokens).logits  # an attention without a cache: whole sequences each time
+        else:
+            logits, state = model.step(step, state)
+        step = choose(logits[:, -1], sampling, generator)[:, None]
+        tokens = torch.cat([tokens, step], dim=1)
+    return tokens
+
+
+def _limit(teacher: Program) -> int | None:
+    """Longest context of the source, as its config says."""
+    config = teacher.source_config or {}
+    found = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((int(value) for value in found if isinstance(value, int) and value > 1), None)

@@ -1,0 +1,77 @@
+"""What is particular to transformers: recognising its models, loading them, their tokenizers. Imported lazily."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from linearize.errors import ArtifactError, CaptureError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model, without importing transformers for one that is not."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def check_decoder(model: Any) -> None:
+    """Refuse what its own config calls an encoder-decoder.
+
+    Raises:
+        CaptureError: the model has an encoder, so token ids alone do not give next-token logits.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder; linearize takes decoder-only language models"
+        )
+
+
+def config_dict(model: nn.Module) -> dict[str, Any] | None:
+    return model.config.to_dict() if is_pretrained(model) else None  # type: ignore[union-attr,operator]
+
+
+def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model from a local directory or the hub, in the dtype its checkpoint states.
+
+    Raises:
+        ArtifactError: nothing loadable is there.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    path = Path(name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ArtifactError(f"{name_or_path} is a directory without config.json: not a transformers model")
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"cannot load a causal language model from {name_or_path!r}: {first}") from error
+
+
+def load_tokenizer(directory: str | Path) -> Any | None:
+    """The tokenizer kept in `directory` (or on the hub under that id), or None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
+    """Contents of the tokenizer and generation files that lie beside a transformers model's weights on disk."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        return {}
+    return {file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()}

@@ -1,0 +1,8 @@
+"""The operators of the namespace `linearize`, one file each. Call them, or find them by name in `OPERATORS`."""
+
+from linearize.ops._library import OPERATORS, Operator, OperatorError, decompositions
+from linearize.ops.attention import attention
+from linearize.ops.gla import gla_chunk
+from linearize.ops.hybrid import hybrid_chunk
+
+__all__ = ["OPERATORS", "Operator", "OperatorError", "attention", "decompositions", "gla_chunk", "hybrid_chunk"]

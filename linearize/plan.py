@@ -1,0 +1,95 @@
+"""Plan: what every site becomes and why. Readable JSON, printable and editable before anything changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from linearize.errors import RecipeError
+from linearize.files import write_atomically
+
+
+class PlanEntry(BaseModel):
+    """One site: `mixer` with its `options`, and the `reason` that the planner had."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: int = Field(ge=0)
+    module: str
+    mixer: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    reason: str = ""
+
+    def label(self) -> str:
+        """`lolcats{window=64}`"""
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.mixer}{{{options}}}" if options else self.mixer
+
+
+class Plan(BaseModel):
+    """A mixer for every matched site of one model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    recipe: str = ""
+    entries: tuple[PlanEntry, ...] = ()
+
+    def entry(self, site: int) -> PlanEntry:
+        """The entry of a site.
+
+        Raises:
+            RecipeError: the plan says nothing of it.
+        """
+        for entry in self.entries:
+            if entry.site == site:
+                return entry
+        raise RecipeError(f"the plan has no entry for site {site}; it has {[entry.site for entry in self.entries]}")
+
+    def check(self, sites: Sequence[int]) -> None:
+        """Exactly the matched sites are planned, each once.
+
+        Raises:
+            RecipeError: naming the sites that are missing, doubled or unknown.
+        """
+        planned = [entry.site for entry in self.entries]
+        doubled = {site for site in planned if planned.count(site) > 1}
+        missing, unknown = set(sites) - set(planned), set(planned) - set(sites)
+        for problem, found in (("twice", doubled), ("not", missing)):
+            if found:
+                raise RecipeError(f"the plan names the sites {sorted(found)} {problem}; the model has {sorted(sites)}")
+        if unknown:
+            raise RecipeError(f"the plan names the sites {sorted(unknown)}, which the model does not have matched")
+
+    def save(self, path: str | Path) -> Path:
+        return write_atomically(Path(path), self.model_dump_json(indent=1).encode())
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            RecipeError: the file is not there, is no JSON, or has a wrong or unknown field (which is named).
+        """
+        try:
+            return Plan.model_validate(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise RecipeError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path} line {error.lineno}: not JSON: {error.msg}") from error
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {first_problem(error)}") from error
+
+    def __str__(self) -> str:
+        rows = [f"{entry.site:4d}  {entry.module:40s}  {entry.label():32s}  {entry.reason}" for entry in self.entries]
+        return "\n".join([f"plan of recipe {self.recipe or '(none)'}", *rows])
+
+
+def first_problem(error: ValidationError) -> str:
+    """`entries.2.mixer: Field required` from a pydantic error."""
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"

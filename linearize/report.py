@@ -1,0 +1,43 @@
+"""What compiling did, as data: errors per layer, kernels, bytes, seconds. The CLI draws it, `save` keeps it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SiteReport(BaseModel):
+    """One site. Errors are relative MSE: mean (y' - y)^2 over the variance of the teacher's output y, held out data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    site: int
+    module: str
+    mixer: str
+    reason: str = ""
+    error_start: float | None = None
+    error_fitted: float | None = None
+    parameters: int = 0
+    seconds: float = 0.0
+
+
+class Report(BaseModel):
+    """Everything measured while compiling one model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str = ""
+    seed: int = 0
+    tokens_fitted: int = 0
+    tokens_held_out: int = 0
+    data: str = ""
+    sites: list[SiteReport] = Field(default_factory=list)
+    refused: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    kernels: dict[str, str] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+    def mean_error(self, fitted: bool = True) -> float | None:
+        """Mean relative MSE over the sites that were measured, or None without any."""
+        found = [site.error_fitted if fitted else site.error_start for site in self.sites]
+        values = [value for value in found if value is not None]
+        return sum(values) / len(values) if values else None

@@ -1,0 +1,1 @@
+"""Reading and editing `torch.fx` graphs; the only package that edits one."""

@@ -1,0 +1,87 @@
+"""The only code that edits a graph. New nodes carry the rule that made them and the node that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from linearize.program import StateTensor
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove every node that the output does not need. torch keeps operators that may draw random numbers (SDPA, for
+    its dropout); in inference none does."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+class Editor:
+    """Edits one graph on behalf of one rule (a pass); `finish` cleans up and recompiles."""
+
+    def __init__(self, module: fx.GraphModule, rule: str) -> None:
+        self.module, self.graph, self.rule = module, module.graph, rule
+
+    @contextmanager
+    def at(self, node: fx.Node) -> Iterator[None]:
+        """Insert what follows before `node`."""
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target: Callable[..., Any], *args: Any, origin: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        return self._stamped(self.graph.call_function(target, args, kwargs), origin)
+
+    def call_module(self, target: str, *args: Any, origin: fx.Node | None = None) -> fx.Node:
+        return self._stamped(self.graph.call_module(target, args), origin)
+
+    def add_input(self, name: str, after: fx.Node | None, state: StateTensor | None = None) -> fx.Node:
+        """A new placeholder behind `after` (first of all when None)."""
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        if state is not None:
+            node.meta["state"] = state
+        return self._stamped(node, None)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """All users of `old` take `new`; `old` goes once it is dead."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def finish(self) -> fx.GraphModule:
+        remove_dead(self.graph)
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+    def _stamped(self, node: fx.Node, origin: fx.Node | None) -> fx.Node:
+        node.meta["rule"] = self.rule
+        if origin is not None:
+            node.meta["origin"] = origin.name
+            for key in ("linearize_scope", "nn_module_stack", "stack_trace"):
+                if key in origin.meta:
+                    node.meta[key] = origin.meta[key]
+            if "val" in origin.meta and node.op == "call_function":
+                node.meta.setdefault("val", origin.meta["val"])
+        return node
+
+
+class InliningTracer(fx.Tracer):
+    """Appends what a submodule computes to an existing graph, as operators on the graph's own nodes."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.root, self.graph = root, graph
+        self.tensor_attrs = {tensor: name for name, tensor in [*root.named_parameters(), *root.named_buffers()]}
+        self._names = {id(tensor): name for tensor, name in self.tensor_attrs.items()}
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def inline(self, submodule: nn.Module, args: list[fx.Node]) -> list[fx.Node]:
+        """Nodes of the tuple that `submodule(*args)` returns; call inside `graph.inserting_before(...)`."""
+        proxies = [fx.Proxy(node, self) for node in args]
+        return [proxy.node for proxy in submodule.forward(*proxies)]

@@ -1,0 +1,1 @@
+"""Running a compiled model: state, generation, saving and loading."""

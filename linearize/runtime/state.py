@@ -1,0 +1,69 @@
+"""The recurrent state of a compiled model: named tensors, and how many tokens they have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from linearize.errors import StateError
+from linearize.program import StateTensor
+
+
+class State(Mapping[str, Tensor]):
+    """Tensors by name in the order of `specs`. Immutable: a step returns a new one, so keeping an old one is a fork.
+
+    `tokens` counts the tokens processed (padding included) since the state was empty.
+    """
+
+    def __init__(self, specs: Sequence[StateTensor], tensors: Sequence[Tensor], tokens: int) -> None:
+        self.specs, self.tokens = tuple(specs), tokens
+        self._tensors = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+
+    @staticmethod
+    def empty(specs: Sequence[StateTensor], batch: int, device: torch.device | str) -> State:
+        return State(specs, [spec.zeros(batch, device) for spec in specs], tokens=0)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def batch(self) -> int:
+        return next(tensor.shape[0] for spec, tensor in zip(self.specs, self.values(), strict=True) if spec.batched)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take now."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.values())
+
+    def clone(self) -> State:
+        return self._map(lambda tensor, _: tensor.clone())
+
+    def to(self, device: torch.device | str) -> State:
+        return self._map(lambda tensor, _: tensor.to(device))
+
+    def select(self, rows: Tensor) -> State:
+        """The state of some rows of the batch, in the order of `rows` int64 [n] (repeats allowed).
+
+        Raises:
+            StateError: a row is not in the batch.
+        """
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.batch):
+            raise StateError(f"rows {rows.tolist()} are not all within the state's batch of {self.batch}")
+        return self._map(
+            lambda tensor, spec: tensor.index_select(0, rows.to(tensor.device)) if spec.batched else tensor
+        )
+
+    def _map(self, function: Callable[[Tensor, StateTensor], Tensor]) -> State:
+        tensors = [function(tensor, spec) for spec, tensor in zip(self.specs, self.values(), strict=True)]
+        return State(self.specs, tensors, self.tokens)
+
+    def __repr__(self) -> str:
+        return f"State(batch={self.batch}, tokens={self.tokens}, tensors={len(self)}, bytes={self.nbytes})"

@@ -1,0 +1,121 @@
+"""The vocabulary: what an attention is, in frozen dataclasses that know nothing of torch.fx.
+
+Nodes of a graph are named by strings, so a Site can be printed, saved and compared without the graph at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+MaskKind = Literal["causal", "sliding", "chunked", "full", "other"]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which keys a query may see, read from the mask's values at a probe length, padding kept apart.
+
+    `size` is the window (a query sees itself and the `size - 1` keys before it) or the chunk length, else 0.
+    """
+
+    kind: MaskKind
+    size: int = 0
+    padding: bool = False
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.size})" if self.size else self.kind
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding, verified by value: linear in x, and q.k depends on the distance alone.
+
+    `rotated_dims` of the head's dims change with the position; `pairs` says which dims rotate together.
+    """
+
+    rotated_dims: int
+    pairs: Literal["half", "interleaved", "other"]
+
+    def __str__(self) -> str:
+        return f"rope-{self.pairs}({self.rotated_dims})"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One softmax attention in the canonical form of the operator `linearize::attention`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    hidden_dim: int
+    scale: float
+    mask: MaskSpec
+    softcap: float = 0.0
+    sinks: bool = False
+    rope: RopeSpec | None = None
+    dtype: str = "float32"
+
+    @property
+    def groups(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> AttentionSpec:
+        rope = RopeSpec(**data["rope"]) if data.get("rope") else None
+        return AttentionSpec(**{**data, "mask": MaskSpec(**data["mask"]), "rope": rope})
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """Names of the graph nodes around one attention. None: not recovered, so mixers that need it refuse the site.
+
+    query [B,H,T,d], key [B,G,S,d], value [B,G,S,dv] after rotation, before any repeat over heads;
+    query_unrotated / key_unrotated the same before the rotation (the same nodes where there is no rotation);
+    hidden [B,T,D] is the block input that q, k and v are projected from; core's value is the output [B,H,T,dv].
+    """
+
+    core: str
+    query: str
+    key: str
+    value: str
+    mask: str | None = None
+    sinks: str | None = None
+    hidden: str | None = None
+    query_unrotated: str | None = None
+    key_unrotated: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention that was matched and validated against the canonical operator on random inputs."""
+
+    index: int
+    module: str
+    attention: AttentionSpec
+    nodes: SiteNodes
+    projections: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    near_misses: tuple[str, ...] = ()
+
+    matched = True
+    reason = ""
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """An attention (or a softmax that looks like one) that is left alone, why, and the node that stopped the match."""
+
+    index: int
+    module: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+    source: str = ""
+    chain: tuple[str, ...] = field(default=())
+
+    matched = False

@@ -1,0 +1,203 @@
+"""Attention cores by anchor and walk: from each SDPA call or softmax back to the query-key product, on to the values.
+
+A core says which nodes are query, key, value, mask and output. What it computes is not read off the operators' order
+but checked by value afterwards (`validate.py`): models mask before they scale, cap before they mask, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from linearize.rewriting.walk import is_op, shape_of, walk_back
+
+aten = torch.ops.aten
+
+SOFTMAXES = (aten.softmax, aten._softmax, aten._safe_softmax)
+PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
+CASTS = (aten._to_copy, aten.to, aten.clone, aten.dropout, aten.contiguous)
+VIEWS = (aten.reshape, aten.view, aten.expand, aten.squeeze, aten.unsqueeze)
+# What may stand between the query-key product and the softmax, with the positions of operands that are not scores.
+SCORE_STEPS = (
+    aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten.where, aten.masked_fill, aten.cat, aten.maximum,
+    aten.clamp, aten.slice, *CASTS, *VIEWS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Core:
+    """One softmax attention: query [.., T, d], key [.., S, d], value [.., S, dv] as the product operators take them.
+
+    `scores` is the node that softmax normalises and `product` the query-key product it comes from; both None for an
+    SDPA call, whose mask is `mask` and whose causal flag is `causal`.
+    """
+
+    anchor: fx.Node
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float = 1.0
+    softcap: float = 0.0
+    mask: fx.Node | None = None
+    causal: bool = False
+    product: fx.Node | None = None
+    key_transposed: bool = False
+    sinks: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An anchor that is no attention we can raise: why, and the nodes walked through, the last being the stopper."""
+
+    anchor: fx.Node
+    reason: str
+    chain: tuple[fx.Node, ...] = field(default=())
+    is_attention: bool = True
+
+
+def find_cores(graph: fx.Graph, activations: set[fx.Node]) -> Iterator[Core | Refusal]:
+    """Every anchor of the graph in order. Softmaxes with no activation-activation product behind them (routers,
+    gates) are refused with `is_attention=False`."""
+    for node in graph.nodes:
+        if is_op(node, aten.scaled_dot_product_attention):
+            yield _read_sdpa(node)
+        elif is_op(node, *SOFTMAXES):
+            yield _read_softmax(node, activations)
+
+
+def _read_sdpa(node: fx.Node) -> Core | Refusal:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, key, value = (bound[name] for name in ("query", "key", "value"))
+    if len(shape_of(query)) != 4:
+        return Refusal(node, f"SDPA on tensors of rank {len(shape_of(query))}, not [B, H, T, d]", (node,))
+    if float(bound.get("dropout_p") or 0.0) > 0.0:
+        return Refusal(node, "SDPA with dropout: capture the model in eval mode", (node,))
+    scale = bound.get("scale")
+    return Core(
+        anchor=node,
+        output=node,
+        query=query,
+        key=key,
+        value=value,
+        scale=float(scale) if scale is not None else float(shape_of(query)[-1]) ** -0.5,
+        mask=bound.get("attn_mask"),
+        causal=bool(bound.get("is_causal", False)),
+    )
+
+
+def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
+    dim = node.args[1]
+    if dim not in (-1, len(shape_of(node)) - 1):
+        return Refusal(node, f"softmax over dim {dim}, not the last", (node,), is_attention=False)
+    chain, product = _walk_to_product(node, activations)
+    if product is None:
+        return Refusal(node, "no query-key product behind this softmax", tuple(chain), is_attention=False)
+    forward = _walk_to_values(node)
+    if forward is None:
+        return Refusal(node, "no product with values after this softmax", tuple(chain), is_attention=False)
+    if is_op(product, aten.bmm, aten.baddbmm) or len(shape_of(product)) != 4:
+        return Refusal(node, f"query-key product of rank {len(shape_of(product))} is not raised yet", (*chain, product))
+    if any(is_op(step, aten.cat) for step in chain):
+        return Refusal(node, "sinks concatenated to the scores are not raised yet", (*chain, product))
+    scale, softcap, refusal = _read_scalars(chain)
+    if refusal is not None:
+        return Refusal(node, refusal, (*chain, product))
+    query, key_t = product.args[0], product.args[1]
+    if not isinstance(query, fx.Node) or not isinstance(key_t, fx.Node):
+        return Refusal(node, "query-key product of constants", (product,), is_attention=False)
+    key, swapped = _untranspose(key_t)
+    query, query_scale = _unscale(query)
+    key, key_scale = _unscale(key)
+    return Core(
+        anchor=node,
+        output=forward,
+        query=query,
+        key=key,
+        value=forward.args[1],  # type: ignore[arg-type]
+        scale=scale * query_scale * key_scale,
+        softcap=softcap,
+        product=product,
+        key_transposed=not swapped,
+    )
+
+
+def _walk_to_product(node: fx.Node, activations: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None]:
+    """From the softmax back along the operand that carries the scores; the steps in order of walking."""
+    chain, current = [node], node.args[0]
+    while isinstance(current, fx.Node):
+        if is_op(current, *PRODUCTS):
+            both = [arg for arg in current.args[:3] if isinstance(arg, fx.Node) and arg in activations]
+            return chain, current if len(both) >= 2 else None
+        chain.append(current)
+        if not is_op(current, *SCORE_STEPS):
+            return chain, None
+        current = _score_operand(current, activations)
+    return chain, None
+
+
+def _score_operand(node: fx.Node, activations: set[fx.Node]) -> fx.Node | None:
+    """The operand that depends on the tokens' embedding: scores do, masks do not."""
+    candidates = [arg for arg in node.all_input_nodes if arg in activations]
+    return candidates[0] if candidates else None
+
+
+def _walk_to_values(node: fx.Node) -> fx.Node | None:
+    """From the softmax forward through casts to the product whose left operand it is."""
+    current = node
+    while len(users := list(current.users)) == 1:
+        (user,) = users
+        if is_op(user, *PRODUCTS) and user.args[0] is current:
+            return user
+        if not is_op(user, *CASTS):
+            return None
+        current = user
+    return None
+
+
+def _untranspose(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The key before it was transposed for the product."""
+    bare = walk_back(node, lambda step: is_op(step, *CASTS))
+    rank = len(shape_of(bare))
+    if is_op(bare, aten.transpose) and {int(dim) % rank for dim in bare.args[1:3]} == {rank - 2, rank - 1}:
+        return bare.args[0], True  # type: ignore[return-value]
+    if is_op(bare, aten.permute) and list(bare.args[1])[-2:] == [rank - 1, rank - 2]:  # type: ignore[arg-type]
+        return bare, False
+    return node, False
+
+
+def _unscale(node: fx.Node) -> tuple[fx.Node, float]:
+    """Strip a multiplication by a number from a query or key: it belongs to the scale."""
+    if is_op(node, aten.mul, aten.div) and isinstance(node.args[0], fx.Node):
+        number = _number(node.args[1])
+        if number:
+            return node.args[0], number if is_op(node, aten.mul) else 1.0 / number
+    return node, 1.0
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _read_scalars(chain: list[fx.Node]) -> tuple[float, float, str | None]:
+    """Scale before the soft-cap and the cap itself, from the steps after the product. Validation proves them."""
+    scale, softcap, capped = 1.0, 0.0, False
+    pending = 1.0
+    for step in reversed(chain[1:]):
+        number = _number(step.args[1]) if is_op(step, aten.mul, aten.div) else None
+        if number is not None:
+            pending *= number if is_op(step, aten.mul) else 1.0 / number
+        elif is_op(step, aten.tanh):
+            if capped:
+                return scale, softcap, "two soft-caps in one chain"
+            scale, pending, capped = pending, 1.0, True
+        elif is_op(step, aten.mul, aten.div):
+            return scale, softcap, f"scores scaled by the tensor {step.args[1]}"
+    if capped:
+        softcap = pending
+        return scale * softcap, softcap, None
+    return pending, 0.0, None

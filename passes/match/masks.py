@@ -1,0 +1,132 @@
+"""Masks by value: evaluate the mask at a probe length above every window and compare with the analytic ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from linearize.program import MASK, POSITIONS, TOKENS, Program
+from linearize.rewriting.walk import cone, evaluate
+from linearize.spec import MaskSpec
+
+MIN_PROBE, MAX_PROBE = 48, 8200
+PADDED = 5
+
+
+@dataclass(frozen=True)
+class MaskReading:
+    """What a mask is, or why it could not be read (`reason`)."""
+
+    spec: MaskSpec | None
+    reason: str = ""
+
+
+def read_mask(program: Program, mask: fx.Node | None, causal: bool, activations: set[fx.Node]) -> MaskReading:
+    """Classify an SDPA mask (bool: True may attend; float: added). `causal` is the call's own flag."""
+    if mask is None:
+        return MaskReading(MaskSpec("causal" if causal else "full"))
+    if mask in activations:
+        return MaskReading(None, f"the mask {mask.name} depends on the hidden states")
+    length = probe_length(mask)
+    if length is None:
+        return MaskReading(None, f"the mask {mask.name} has a constant above {MAX_PROBE}, longer than can be probed")
+    (value,) = evaluate(program.module, [mask], _padded_inputs(program, length))
+    allowed, bias = split_mask(value)
+    if bias:
+        return MaskReading(None, f"the mask {mask.name} adds a position-dependent bias to the scores")
+    if causal:
+        allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
+    return classify(allowed, padded=_has_padding(program))
+
+
+def split_mask(value: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """(bool [B, H, T, S] of what may be attended, whether the attended entries carry different additive values)."""
+    if value.dtype == torch.bool:
+        return _rank4(value), False
+    value = _rank4(value.float())
+    allowed = value > -1e4
+    seen = value[allowed]
+    return allowed, bool(seen.numel()) and bool((seen - seen[0]).abs().max() > 1e-6)
+
+
+def _rank4(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape((1,) * (4 - value.ndim) + tuple(value.shape))
+
+
+def probe_length(mask: fx.Node) -> int | None:
+    """Longer than twice every length-like constant behind the mask, so that windows and chunks show; None if too long."""
+    constants = [
+        abs(int(arg))
+        for node in cone([mask])
+        for arg in (*node.args, *node.kwargs.values())
+        if isinstance(arg, int | float) and not isinstance(arg, bool) and abs(arg) < 1e9
+    ]
+    longest = max([constant for constant in constants if constant < 1 << 24], default=0)
+    if longest <= MIN_PROBE:
+        return max(MIN_PROBE, 2 * longest + 3)
+    return longest + 19 if longest + 19 <= MAX_PROBE else None
+
+
+def _padded_inputs(program: Program, length: int) -> dict[fx.Node, torch.Tensor]:
+    """Row 0 without padding, row 1 with the first PADDED positions masked out; all on the CPU."""
+    ids = torch.zeros(2, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[1, :PADDED] = 0
+    made = {TOKENS: ids, MASK: mask, POSITIONS: torch.arange(length).expand(2, length).contiguous()}
+    return {node: made[str(node.target)] for node in program.placeholders()}
+
+
+def _has_padding(program: Program) -> bool:
+    return MASK in program.input_names()
+
+
+def classify(allowed: torch.Tensor, padded: bool) -> MaskReading:
+    """Name the mask bool [B, H, T, S], whose row 1 (if there is one and `padded`) had its first tokens masked out."""
+    if allowed.shape[1] > 1 and not bool((allowed == allowed[:, :1]).all()):
+        return MaskReading(None, "the mask differs between heads")
+    base = allowed[0, 0]
+    if base.shape[0] != base.shape[1]:
+        return MaskReading(None, f"the mask is {list(base.shape)}, not square")
+    spec = _name(base)
+    if spec is None:
+        return MaskReading(MaskSpec("other", detail=_describe(base)), f"unknown mask: {_describe(base)}")
+    if not padded or allowed.shape[0] < 2:
+        return MaskReading(spec)
+    return _check_padding(allowed[1, 0], base, spec)
+
+
+def _check_padding(row: torch.Tensor, base: torch.Tensor, spec: MaskSpec) -> MaskReading:
+    if torch.equal(row, base):
+        return MaskReading(spec)
+    expected = base.clone()
+    expected[:, :PADDED] = False
+    if not torch.equal(row[PADDED:], expected[PADDED:]):  # rows of padding themselves are nobody's business
+        return MaskReading(None, "padding changes the mask in another way than hiding the padded keys")
+    return MaskReading(MaskSpec(spec.kind, spec.size, padding=True))
+
+
+def _name(base: torch.Tensor) -> MaskSpec | None:
+    length = base.shape[0]
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    if bool(base.all()):
+        return MaskSpec("full")
+    causal = column <= row
+    if torch.equal(base, causal):
+        return MaskSpec("causal")
+    hidden = (~base[:, 0]).nonzero()
+    size = int(hidden[0]) if len(hidden) else 0
+    if size and torch.equal(base, causal & (column > row - size)):
+        return MaskSpec("sliding", size)
+    if size and torch.equal(base, causal & (column // size == row // size)):
+        return MaskSpec("chunked", size)
+    return None
+
+
+def _describe(base: torch.Tensor) -> str:
+    length = base.shape[0]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    outside = int((base & ~causal).sum())
+    missing = int((causal & ~base).sum())
+    return f"at length {length} it shows {outside} future keys and hides {missing} past ones"

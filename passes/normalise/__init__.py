@@ -1,0 +1,11 @@
+"""Exact clean-up of a captured graph, so that later passes meet one spelling of each thing."""
+
+from __future__ import annotations
+
+from linearize.passes.normalise.reshape_views import ReshapeViews
+from linearize.passes.normalise.strip_asserts import StripAsserts
+from linearize.passes.normalise.strip_noops import StripNoops
+from linearize.passes.normalise.unify_sizes import UnifySizes
+from linearize.pipeline import Pass
+
+NORMALISE_PASSES: tuple[Pass, ...] = (StripAsserts(), ReshapeViews(), StripNoops(), UnifySizes())

@@ -1,0 +1,8 @@
+"""Edits of the graph: raise attentions to the canonical operator, put mixers in their place, thread the state."""
+
+from __future__ import annotations
+
+from linearize.passes.rewrite.insert_mixers import InsertMixers
+from linearize.passes.rewrite.raise_attention import RaiseAttention
+
+__all__ = ["InsertMixers", "RaiseAttention"]
