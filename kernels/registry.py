@@ -64,7 +64,7 @@ def choose(
     op: str, device: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Kernel | None, list[tuple[str, str]]]:
     """(the kernel that claims this call, or None for the reference; name and reason of those that declined)."""
-    declined = []
+    declined: list[tuple[str, str]] = []
     for kernel in kernels_for(op, device):
         reason = kernel.missing or kernel.check(*args, **kwargs)
         if reason is None or reason == "":

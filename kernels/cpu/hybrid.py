@@ -81,17 +81,22 @@ class _Near:
         rows = fold_heads(self.q.narrow(1, start, size).to(dtype), kv_heads).flatten(0, 1) * self.scale
         scores = torch.bmm(rows, keys.mT).view(batch, kv_heads, -1, size, keys.shape[1])
         bias = bias if bias.ndim == 2 else bias[:, None, None]
-        return scores, values, _soften_(scores, bias, self.logits, self.mix)
+        return scores, values, _soften_(scores.add_(bias), self.logits, self.mix, allowed=bias.exp())
 
 
-def _soften_(scores: Tensor, bias: Tensor, logits: Tensor | None, mix: Tensor | None) -> Tensor | None:
-    """scores [B,G,R,C,J] -> c e^{s - m} in place, 0 where the bias hides; returns the same of the logits, summed."""
-    top = scores.add_(bias).amax(dim=-1, keepdim=True)
+def _soften_(scores: Tensor, logits: Tensor | None, mix: Tensor | None, allowed: Tensor | None = None) -> Tensor | None:
+    """scores [B,G,R,C,J], -inf where hidden, -> c e^{s - m} in place; returns the same of the logits, summed.
+
+    `allowed`, 1 where seen and 0 where hidden, spares exp the exponents that underflow.
+    """
+    top = scores.amax(dim=-1, keepdim=True)
     if logits is not None:
         top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
-    top.clamp_(min=torch.finfo(top.dtype).min)  # a row without keys
-    # Hidden keys are far below any exponent that matters; they are kept from underflow, then zeroed.
-    scores.sub_(top).clamp_(min=smallest_exponent(top.dtype)).exp_().mul_(bias.exp())
+    scores.sub_(top.clamp_(min=torch.finfo(top.dtype).min))  # a row without keys: -inf - finite
+    if allowed is None:
+        scores.exp_()
+    else:
+        scores.clamp_(min=smallest_exponent(top.dtype)).exp_().mul_(allowed)
     extra = None if logits is None else (logits - top).exp_().sum(dim=-1, keepdim=True)
     if mix is None:
         return extra
@@ -118,7 +123,7 @@ def stream(
     scale: float,
 ) -> States:
     """See `linearize.ops.hybrid`."""
-    check_hybrid(q, k, v, mask, fq, fk, window)
+    check_hybrid(q, k, v, mask, (fq, fk), (sink_k, sink_v, sink_mask), window)
     batch, length, heads, _ = q.shape
     kv_heads, value_dim, chunk = k.shape[2], v.shape[3], min(CHUNK, length)
     dtype = accumulation_dtype(q.dtype)
@@ -153,17 +158,18 @@ def _chunk(near: _Near, far: _Far | None, start: int, size: int) -> tuple[Tensor
     """Numerator [N,R*C,V] and denominator [N,R*C,1] of a chunk of queries; moves the states past it."""
     weights, values, extra = near.chunk(start, size)
     shape = weights.shape
-    reader = writer = left = None
-    if far is not None:
-        reader, writer = far.chunk(start, size)
-        sinks = 0 if near.sinks is None else near.sinks[0].shape[1]
-        left = slice(sinks, sinks + size)
+    sinks = 0 if near.sinks is None else near.sinks[0].shape[1]
+    left = slice(sinks, sinks + size)
+    features = None if far is None else far.chunk(start, size)
+    if features is not None:
+        reader, writer = features
         weights[..., left].add_(torch.bmm(reader, writer.mT).view(*shape[:4], size).tril_())
     below = weights.sum(dim=-1, keepdim=True)
     below = below if extra is None else below.add_(extra)
     below = below.view(values.shape[0], -1, 1)
     above = torch.bmm(weights.view(values.shape[0], -1, shape[4]), values)
-    if far is not None:
+    if far is not None and features is not None:
+        reader, writer = features
         far.read(reader, above, below)
         far.write(writer, values[:, left])
     return above, below
@@ -188,20 +194,21 @@ def step(
     scale: float,
 ) -> States:
     """One token: index 0 of the delay line joins the state, the window is all the others."""
-    check_hybrid(q, k, v, mask, fq, fk, window)
+    check_hybrid(q, k, v, mask, (fq, fk), (sink_k, sink_v, sink_mask), window)
     batch, _, heads, _ = q.shape
     kv_heads, value_dim, dtype = k.shape[2], v.shape[3], accumulation_dtype(q.dtype)
     keys, values, seen = k[:, 1:], v[:, 1:], mask[:, 1:]
-    if sink_k is not None:
+    if sink_k is not None and sink_v is not None and sink_mask is not None:
         keys, values = torch.cat([sink_k, keys], 1), torch.cat([sink_v, values], 1)
         seen = torch.cat([sink_mask[:, 0], seen], 1)
     rows = q.to(dtype).reshape(batch * kv_heads, heads // kv_heads, -1) * scale
-    scores = torch.bmm(rows, _columns(keys, dtype).mT).view(batch, kv_heads, -1, 1, seen.shape[1])
-    bias = _minus_infinity(seen, dtype)[:, None, None, None]
-    extra = _soften_(scores, bias, _per_head(sink_logits, kv_heads, dtype), _per_head(mix, kv_heads, dtype))
-    below = scores.sum(dim=-1) if extra is None else scores.sum(dim=-1).add_(extra[..., 0])
-    above = torch.bmm(scores.view(batch * kv_heads, -1, seen.shape[1]), _columns(values, dtype))
-    below = below.view(batch * kv_heads, -1, 1)
+    scores = torch.bmm(rows, _columns(keys, dtype).mT)
+    by_head = scores.view(batch, kv_heads, -1, 1, seen.shape[1])
+    by_head.masked_fill_(~seen[:, None, None, None], float("-inf"))
+    extra = _soften_(by_head, _per_head(sink_logits, kv_heads, dtype), _per_head(mix, kv_heads, dtype))
+    below = scores.sum(dim=-1, keepdim=True)
+    below = below if extra is None else below.add_(extra.view_as(below))
+    above = torch.bmm(scores, _columns(values, dtype))
     if fq is None or fk is None:
         s, z = initial_states(q, v, kv_heads, fk, s0, z0)
     else:

@@ -97,8 +97,8 @@ def attention_streamed(
     """`QUERY_ROWS` queries at a time over the keys in their reach, each piece recomputed in its backward."""
     pieces = []
     for start, stop, low, high, seen in query_pieces(q.shape[2], k.shape[2], causal, window, q.device):
-        args = (q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high])
-        args += (slice_bias(bias, start, stop, low, high), seen, sinks, scale, softcap)
+        piece = q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high], slice_bias(bias, start, stop, low, high)
+        args = (*piece, seen, sinks, scale, softcap)
         pieces.append(checkpoint(attend, *args, use_reentrant=False, preserve_rng_state=False))
     return lay_out(torch.cat(pieces, dim=2), q.dtype)
 

@@ -108,12 +108,13 @@ def gla_chunk_streamed(
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """The decomposed form, `chunk` tokens at a time, the state carried: memory linear in T."""
-    outputs, s = [], s0
+    outputs, state = [], s0
     for start in range(0, q.shape[1], chunk):
         piece = slice(start, start + chunk)
         gates = None if g is None else g[:, piece]
-        o, s = gla_chunk_decomposed(q[:, piece], k[:, piece], v[:, piece], gates, s, scale=scale)
+        o, s = gla_chunk_decomposed(q[:, piece], k[:, piece], v[:, piece], gates, state, scale=scale)
         outputs.append(o)
+        state = s
     return torch.cat(outputs, dim=1), s
 
 

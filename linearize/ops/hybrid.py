@@ -64,7 +64,7 @@ def hybrid_chunk_recurrence(
     outputs = []
     for i in range(length):
         near_k, near_v, seen = (x[:, i + 1 : window + i + 1] for x in (k, v, mask))
-        if sink_k is not None:
+        if sink_k is not None and sink_v is not None and sink_mask is not None:
             near_k, near_v = torch.cat([sink_k.to(dtype), near_k], 1), torch.cat([sink_v.to(dtype), near_v], 1)
             seen = torch.cat([sink_mask[:, i], seen], 1)
         near_k, near_v = (x.repeat_interleave(group, dim=2) for x in (near_k, near_v))
@@ -77,7 +77,7 @@ def hybrid_chunk_recurrence(
         p = torch.exp(scores - torch.where(top == float("-inf"), 0.0, top))
         above = c[:, None] * torch.einsum("bhj,bjhv->bhv", p[..., : near_v.shape[1]], near_v)
         below = c * p.sum(dim=-1)
-        if fk is not None:
+        if fq is not None and fk is not None:
             leaving = fk[:, i].to(dtype) * mask[:, i, None, None]
             s = s + leaving[..., None] * v[:, i, :, None, :]
             z = z + leaving
@@ -112,7 +112,7 @@ def hybrid_chunk_decomposed(
     dtype = accumulation_dtype(q.dtype)
     seen = window_keys(length, window, q.device) & mask[:, None]
     near_k, near_v = k, v
-    if sink_k is not None:
+    if sink_k is not None and sink_v is not None and sink_mask is not None:
         near_k, near_v = torch.cat([sink_k, k], dim=1), torch.cat([sink_v, v], dim=1)
         seen = torch.cat([sink_mask, seen], dim=-1)
     folded = fold_heads(q.to(dtype) * scale, kv_heads)
@@ -151,15 +151,16 @@ def hybrid_chunk_streamed(
     scale: float,
 ) -> States:
     """The decomposed form, `PIECE` tokens at a time, ring and states carried: memory linear in T."""
-    length, outputs, s, z = q.shape[1], [], s0, z0
+    length, outputs, states = q.shape[1], [], (s0, z0)
     for start in range(0, length, PIECE):
         stop = min(start + PIECE, length)
         new, line = slice(start, stop), slice(start, stop + window)
         features = (None, None) if fq is None or fk is None else (fq[:, new], fk[:, new])
         sinks = (sink_k, sink_v, None if sink_mask is None else sink_mask[:, new], sink_logits)
-        inputs = (q[:, new], k[:, line], v[:, line], mask[:, line], *features, mix, *sinks, s, z)
+        inputs = (q[:, new], k[:, line], v[:, line], mask[:, line], *features, mix, *sinks, *states)
         o, s, z = hybrid_chunk_decomposed(*inputs, window=window, scale=scale)
         outputs.append(o)
+        states = s, z
     return torch.cat(outputs, dim=1), s, z
 
 
@@ -235,7 +236,13 @@ def initial_states(
 
 
 def check_hybrid(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fq: Tensor | None, fk: Tensor | None, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    features: tuple[Tensor | None, Tensor | None],
+    sinks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    window: int,
 ) -> None:
     """Raise `OperatorError` unless heads and the delay line's length fit together."""
     name, length, heads, kv_heads = "hybrid_chunk", q.shape[1], q.shape[2], k.shape[2]
@@ -244,7 +251,9 @@ def check_hybrid(
     require(k.shape[1] == length + window, name, f"k holds {k.shape[1]} keys, not window + T = {window} + {length}")
     require(k.shape[:3] == v.shape[:3], name, "k and v differ in [B,w+T,G]")
     require(mask.shape[1] == k.shape[1] and mask.dtype == torch.bool, name, "mask must be a bool of [B,w+T]")
-    require((fq is None) == (fk is None), name, "give both fq and fk, or neither")
+    require((features[0] is None) == (features[1] is None), name, "give both fq and fk, or neither")
+    given = sum(x is not None for x in sinks)
+    require(given in (0, 3), name, "give all of sink_k, sink_v and sink_mask, or none")
 
 
 def _fake(
@@ -265,7 +274,7 @@ def _fake(
     window: int,
     scale: float,
 ) -> States:
-    check_hybrid(q, k, v, mask, fq, fk, window)
+    check_hybrid(q, k, v, mask, (fq, fk), (sink_k, sink_v, sink_mask), window)
     batch, length, heads, _ = q.shape
     dtype, features = accumulation_dtype(q.dtype), 0 if fk is None else fk.shape[3]
     s = q.new_empty(batch, k.shape[2], features, v.shape[3], dtype=dtype)

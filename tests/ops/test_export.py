@@ -97,7 +97,9 @@ def test_the_decomposition_equals_the_operator_under_export(name):
     assert all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
     for batch, length in ((1, 1), (2, 9), (3, 70)):
         x = torch.randn(batch, length, 12)
-        torch.testing.assert_close(program.module()(x), MODULES[name]()(x), rtol=1e-5, atol=1e-5)
+        for found, expected in zip(tree_leaves(program.module()(x)), tree_leaves(MODULES[name]()(x)), strict=True):
+            largest = expected.abs().max().item() if expected.numel() else 0.0
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, largest))
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -259,3 +259,13 @@ def test_a_delay_line_of_the_wrong_length_is_refused():
     call["k"] = call["k"][:, 1:]
     with pytest.raises(OperatorError, match=r"k holds 7 keys, not window \+ T = 3 \+ 5"):
         hybrid_chunk(**call)
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"), [("fk", "give both fq and fk"), ("sink_mask", "give all of sink_k, sink_v and sink_mask")]
+)
+def test_half_given_parts_are_refused(absent, message):
+    call = make_call()
+    del call[absent]
+    with pytest.raises(OperatorError, match=message):
+        hybrid_chunk(**call)
