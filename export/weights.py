@@ -1,0 +1,58 @@
+"""Weights as ONNX external data inside a safetensors file: one file that both worlds read, each range by its offset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+
+from linearize.export.names import WEIGHTS_FILE
+
+SMALLEST = 1024  # bytes; shapes and scalars stay in the graph, where the runtime's constant folding sees them
+
+
+def move_weights(model: ir.Model, folder: Path) -> None:
+    """Write the graph's initialisers to `folder/model.safetensors` and point the graph there."""
+    values = {
+        str(name): value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes >= SMALLEST
+    }
+    path = folder / WEIGHTS_FILE
+    save_file({name: _as_torch(value.const_value) for name, value in values.items()}, path, metadata={"format": "pt"})
+    ranges = read_ranges(path)
+    for name, value in values.items():
+        old, (offset, length) = value.const_value, ranges[name]
+        assert old is not None
+        assert length == old.nbytes
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(old.shape), name=name, base_dir=folder
+        )
+
+
+def _as_torch(tensor: ir.TensorProtocol | None) -> torch.Tensor:
+    assert tensor is not None
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return raw.detach().contiguous()
+    return torch.from_numpy(np.asarray(tensor.numpy(), order="C"))
+
+
+def read_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """(offset in the file, bytes) of every tensor of a safetensors file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: (8 + size + start, stop - start) for name, (start, stop) in entries.items()}
+
+
+def sha256(path: Path) -> str:
+    """Of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,162 @@
+"""What cannot be exported or read is refused in one clear line, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import linearize
+from linearize.errors import ArtifactError, DataError, ExportError
+from linearize.export import onnx_graph, parity
+from linearize.export.manifest import read_manifest
+from linearize.export.runner import OnnxModel
+from tests.export.models import Plain
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.manual_seed(0)
+    return linearize.compile(Plain(positions=64).eval(), "window{window=8}", tokens=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def directory(compiled, tmp_path_factory):
+    return linearize.export(compiled, tmp_path_factory.mktemp("plain") / "onnx")
+
+
+class Airy(Plain):
+    """A model with an operator that ONNX does not have."""
+
+    def forward(self, input_ids):
+        return torch.special.airy_ai(super().forward(input_ids))
+
+
+def test_an_unknown_format_lists_the_known_ones(compiled, tmp_path):
+    with pytest.raises(ExportError, match="no export format 'tflite'; there are onnx"):
+        linearize.export(compiled, tmp_path / "out", format="tflite")
+
+
+def test_a_model_that_was_not_compiled_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"what linearize\.compile or linearize\.load returns, not a Linear"):
+        linearize.export(nn.Linear(2, 2), tmp_path / "out")
+
+
+def test_a_model_with_a_refused_site_is_refused_with_its_reason(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "program", compiled.program.replace(stateless_reason="site 3 (attn.3): no key"))
+    with pytest.raises(ExportError, match=r"cannot run step by step.*site 3 \(attn\.3\): no key"):
+        linearize.export(compiled, tmp_path / "out")
+
+
+def test_another_dtype_than_float32_is_refused(compiled, tmp_path, monkeypatch):
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    monkeypatch.setattr(compiled.graph_module, "named_parameters", lambda: iter([("head.weight", weight)]))
+    with pytest.raises(ExportError, match=r"head\.weight is torch\.bfloat16; compile the model in float32"):
+        linearize.export(compiled, tmp_path / "out")
+
+
+def test_an_existing_directory_is_refused_before_any_work(compiled, tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("x")
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("worked before checking"))
+    with pytest.raises(ArtifactError, match="exists already"):
+        linearize.export(compiled, tmp_path)
+    with pytest.raises(ArtifactError, match="is not a directory"):
+        linearize.export(compiled, tmp_path / "precious" / "out")
+
+
+def test_an_operator_without_an_onnx_form_is_named_with_its_layer(tmp_path):
+    model = linearize.compile(nn.Sequential(Airy(positions=64)).eval(), "none", tokens=0, progress=False)
+    with pytest.raises(ExportError, match=r"operator aten\.special_airy_ai\.default in 0 has no form in ONNX"):
+        linearize.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_disagrees_is_not_left_behind(compiled, tmp_path, monkeypatch):
+    def spoil(model):
+        table = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)
+        import onnx_ir as ir
+
+        table.const_value = ir.tensor(table.const_value.numpy() * np.float32(1.01), name=table.name)
+
+    monkeypatch.setattr(onnx_graph, "tidy", spoil)
+    with pytest.raises(
+        ExportError, match=r"disagrees with PyTorch \(logits, batch 1, 1 tokens.*\): largest difference"
+    ):
+        linearize.export(compiled, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_shrinks_to_the_learned_positions(directory):
+    manifest = read_manifest(directory)
+    assert manifest.max_positions == 64
+    assert manifest.verified is not None
+    assert manifest.verified.shapes == [[1, 1], [1, 7], [2, 1], [2, 7]]
+    assert manifest.verified.prefill_tokens + manifest.verified.greedy_tokens_compared == 64
+    with pytest.raises(DataError, match="65 tokens pass the source's 64 learned positions"):
+        OnnxModel(directory).step(np.zeros((1, 65), dtype=np.int64))
+
+
+@pytest.mark.parametrize(("expected", "found"), [([1.0], [1.001]), ([1.0], [np.nan]), ([np.nan], [1.0])])
+def test_a_difference_above_the_tolerance_is_an_error(expected, found):
+    with pytest.raises(ExportError, match="largest difference"):
+        parity.check_close(np.array(expected), np.array(found), "logits")
+
+
+def test_differences_are_relative_to_large_entries_only():
+    assert parity.check_close(np.array([1000.0]), np.array([1000.01]), "logits") == pytest.approx(1e-5, rel=1e-3)
+    with pytest.raises(ExportError, match=r"float64\[2\] instead of float64\[1\]"):
+        parity.check_close(np.zeros(1), np.zeros(2), "logits")
+
+
+@pytest.mark.parametrize("read", [read_manifest, OnnxModel])
+def test_a_directory_that_is_no_export_is_named(read, tmp_path):
+    with pytest.raises(ArtifactError, match=r"cannot read .*linearize\.json"):
+        read(tmp_path)
+    (tmp_path / "linearize.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not JSON"):
+        read(tmp_path)
+    (tmp_path / "linearize.json").write_text('{"kind": "linearized-model", "format": 1}')
+    with pytest.raises(ArtifactError, match="linearize export"):
+        read(tmp_path)
+    (tmp_path / "linearize.json").write_text('{"kind": "linearized-onnx", "format": 99}')
+    with pytest.raises(ArtifactError, match="has format 99"):
+        read(tmp_path)
+
+
+def test_a_manifest_edited_by_hand_names_the_field(directory, tmp_path):
+    data = json.loads((directory / "linearize.json").read_text())
+    data["states"][0]["dtype"] = 7
+    (tmp_path / "linearize.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=r"states\.0\.dtype"):
+        read_manifest(tmp_path)
+
+
+def test_weights_whose_hash_differs_are_refused(directory, tmp_path):
+    for name in ("linearize.json", "model.onnx", "model.safetensors"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is not what was exported"):
+        OnnxModel(tmp_path).verify()
+
+
+def test_a_missing_weights_file_is_named_with_the_version(directory, tmp_path):
+    for name in ("linearize.json", "model.onnx"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    with pytest.raises(ArtifactError, match=r"onnxruntime .* cannot load .*model\.onnx"):
+        OnnxModel(tmp_path)
+
+
+def test_unusable_tokens_are_refused(directory):
+    model = OnnxModel(directory)
+    for tokens in ([1, 2], [[]], [[0.5]]):
+        with pytest.raises(DataError, match="must be integers"):
+            model.step(tokens)
+    with pytest.raises(DataError, match="vocabulary"):
+        model.step([[10_000]])
+    with pytest.raises(DataError, match="attention_mask has shape"):
+        model.step([[1, 2]], attention_mask=[[1]])
