@@ -17,16 +17,6 @@ from linearize.report import SiteReport
 from linearize.spec import Site
 
 
-def run_mixer(mixer: Mixer, inputs: list[Tensor]) -> Tensor:
-    """The mixer's output [B,H,T,dv] on whole sequences without padding, from an empty state."""
-    batch, _, length, _ = inputs[0].shape
-    device = inputs[0].device
-    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-    positions = torch.arange(length, device=device).expand(batch, length)
-    state = [tensor.zeros(batch, device) for tensor in mixer.state()]
-    return mixer(*inputs, mask, positions, *state)[0]
-
-
 def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
     """Relative MSE over all batches of the stream, sums in float64.
 
@@ -38,7 +28,7 @@ def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
         for batch in range(len(stream.batches)):
             inputs, output = stream.site_values(site, mixer.needs, batch)
             y = output.double()
-            squares += (run_mixer(mixer, inputs).double() - y).square().sum().item()
+            squares += (mixer.run(inputs).double() - y).square().sum().item()
             total, total_squares = total + y.sum().item(), total_squares + y.square().sum().item()
             count += y.numel()
     variance = total_squares / count - (total / count) ** 2
@@ -58,12 +48,18 @@ def fit_mixer(
     row.error_start = row.error_fitted = output_error(mixer, held, site)
     if mixer.fits and fit.passes and train.batches:
         before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+        _prepare(mixer, train, site)
         _descend(mixer, train, site, fit, progress)
         row.error_fitted = output_error(mixer, held, site)
         if not row.error_fitted < row.error_start:
             mixer.load_state_dict(before)
             row.error_fitted = row.error_start
     row.seconds = round(time.perf_counter() - started, 2)
+
+
+def _prepare(mixer: Mixer, train: TeacherStream, site: Site) -> None:
+    with torch.no_grad():
+        mixer.prepare(*train.site_values(site, mixer.needs, 0))
 
 
 def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, progress: Progress) -> None:
@@ -73,7 +69,7 @@ def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, progress:
     for step in progress.track(range(steps), f"site {site.index} {mixer.name}"):
         with torch.no_grad():
             inputs, output = train.site_values(site, mixer.needs, step % len(train.batches))
-        loss = (run_mixer(mixer, inputs).float() - output.float()).square().mean() / output.float().var()
+        loss = (mixer.run(inputs).float() - output.float()).square().mean() / output.float().var()
         if not torch.isfinite(loss):
             raise DataError(f"site {site.index} ({site.module}): the loss is not finite on batch {step}")
         optimiser.zero_grad(set_to_none=True)

@@ -56,6 +56,19 @@ class Mixer(nn.Module):
         """The tensors that the mixer carries from call to call."""
         raise NotImplementedError
 
+    def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
+        """Set what can be found without gradients, from one batch: `inputs` are forward's up to `mask`, `target` the
+        teacher's output [B,H,T,dv]. Called once before gradient fitting; the default does nothing."""
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """The output [B,H,T,dv] on whole sequences without padding, from an empty state."""
+        batch, _, length, _ = inputs[0].shape
+        device = inputs[0].device
+        mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        positions = torch.arange(length, device=device).expand(batch, length)
+        output: Tensor = self(*inputs, mask, positions, *(tensor.zeros(batch, device) for tensor in self.state()))[0]
+        return output
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.options.items())
 

@@ -64,24 +64,50 @@ class Lizard(Mixer):
         query_unrotated: Tensor, key_unrotated: Tensor, hidden: Tensor,
         mask: Tensor, positions: Tensor, *state: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        far, s = self._far(query_unrotated, key_unrotated, value, hidden, mask, state[-1])
+        near, ring = self._near(query, key, value, mask, positions, state[:-1])
+        y = self.beta.unsqueeze(-1) * far + self.alpha.unsqueeze(-1) * near.to(far.dtype)
+        return (tokens_first(y.to(query.dtype)), *ring, s)
+
+    def _far(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, mask: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Yg [B,T,H,dv] and the new state."""
         real = mask.unsqueeze(-1)
         log_gate = -torch.nn.functional.softplus(-self.gate(hidden.to(self.gate.weight.dtype)))
         log_gate = torch.where(real, log_gate, torch.zeros_like(log_gate))
-        readers = exponential_query(tokens_first(query_unrotated), self.query_map)
-        writers = exponential_key(tokens_first(key_unrotated), self.key_map) * real.unsqueeze(-1)
+        readers = exponential_query(tokens_first(query), self.query_map)
+        writers = exponential_key(tokens_first(key), self.key_map) * real.unsqueeze(-1)
         values = tokens_first(value).to(self.gate.weight.dtype)
-        ones = torch.ones_like(values[..., :1])
-        sums, s = torch.ops.linearize.gla_chunk.default(
-            readers, writers, torch.cat([values, ones], -1), log_gate, state[-1]
-        )
-        far = sums[..., :-1] / sums[..., -1:].clamp_min(1e-20)
-        line = self.line.push(tokens_first(key), tokens_first(value), mask, positions, state[:-1])
+        values = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+        sums, s = torch.ops.linearize.gla_chunk.default(readers, writers, values, log_gate, s)
+        return sums[..., :-1] / sums[..., -1:].clamp_min(1e-20), s
+
+    def _near(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor, ring: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Ya [B,T,H,dv] and the new ring."""
+        line = self.line.push(tokens_first(key), tokens_first(value), mask, positions, ring)
         near, _, _ = torch.ops.linearize.hybrid_chunk.default(
             tokens_first(query), line.key, line.value, line.mask,
             sink_logits=self.sink_logits, window=self.line.window, scale=self.spec.scale,
         )  # fmt: skip
-        y = self.beta.unsqueeze(-1) * far + self.alpha.unsqueeze(-1) * near.to(far.dtype)
-        return (tokens_first(y.to(query.dtype)), *line.state, s)
+        return near, line.state
+
+    def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
+        """alpha_h and beta_h of least squares, the 2 x 2 normal equations of each head, given the two branches."""
+        branches = []
+        for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
+            self.alpha.fill_(alpha)
+            self.beta.fill_(beta)
+            branches.append(self.run(inputs).double())
+        x = torch.stack(branches, dim=-1).transpose(0, 1).flatten(1, -2)
+        y = target.double().transpose(0, 1).flatten(1).unsqueeze(-1)
+        gram = x.transpose(1, 2) @ x
+        damping = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(2, device=y.device)
+        solution = torch.linalg.solve(gram + damping.double(), x.transpose(1, 2) @ y)[..., 0]
+        self.alpha.copy_(solution[:, 0])
+        self.beta.copy_(solution[:, 1])
 
 
 def exponential_query(x: Tensor, weight: Tensor) -> Tensor:

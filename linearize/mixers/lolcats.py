@@ -2,16 +2,19 @@
 
 phi(x) = [softmax(x W) ; softmax(-x W)]   (Hedgehog), W_q [H,d,f] by query head, W_k [G,d,f] by kv head
 y_i = ( c_h sum_{j in W(i)} e^{s_ij - m_i} v_j + sum_{j left W(i)} phi_q(q_i).phi_k(k_j) v_j ) / ( the same with v = 1 )
-m_i = max_{j in W(i)} s_ij,   c_h = sigmoid(omega_h), 0.1 at the start; q, k rotated
+m_i = max_{j in W(i)} s_ij,   c_h = e^{omega_h};   q, k rotated
 
-Differences from the reference code, on purpose: the window holds exactly `window` keys in prefill and decode (the
-reference: 65..128 and 64); the state is kept at kv heads, H / G times smaller than after repeating keys and values.
-Equals the teacher exactly while T <= window. W starts as the identity (f = d), else as a slice of a random rotation.
+Differences from the reference code, on purpose:
+- The window holds exactly `window` keys in prefill and in decode (the reference: 65..128 and 64).
+- The state is kept at kv heads, H / G times smaller than after repeating keys and values.
+- c_h may exceed 1 (the paper: a sigmoid that starts at 0.1). phi sums to 2, so with c_h <= 1 the far field outweighs
+  the window at long distances whatever W is; only the ratio of the two matters.
+
+Starts as window softmax (omega_h = 12 mutes the linear part to about 1e-4) and equals the teacher exactly while
+T <= window. `prepare` then finds omega_h and the sharpness of W by search, without gradients.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +24,9 @@ from linearize.mixers.delay_line import DelayLine
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
 
-START_MIX = 0.1
+MUTED = 12.0
+OMEGA_GRID = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, MUTED)
+SHARPNESS_GRID = (0.5, 1.0, 2.0, 4.0)
 
 
 @register_mixer
@@ -32,7 +37,7 @@ class Lolcats(Mixer):
     """
 
     name = "lolcats"
-    starts_as = "the teacher's softmax while T <= window; an unfitted Hedgehog map beyond it"
+    starts_as = "the teacher's softmax over the last `window` keys (and its first `sinks`)"
     fits = True
 
     def __init__(self, spec: AttentionSpec, window: int = 64, features: int = 0, sinks: int = 0) -> None:
@@ -41,7 +46,7 @@ class Lolcats(Mixer):
         self.features = features or spec.head_dim
         self.query_map = nn.Parameter(start_map(spec.heads, spec.head_dim, self.features))
         self.key_map = nn.Parameter(start_map(spec.kv_heads, spec.head_dim, self.features))
-        self.omega = nn.Parameter(torch.full((spec.heads,), math.log(START_MIX / (1 - START_MIX))))
+        self.omega = nn.Parameter(torch.full((spec.heads,), MUTED))
 
     def state(self) -> tuple[StateTensor, ...]:
         heads, width = self.spec.kv_heads, 2 * self.features
@@ -56,10 +61,32 @@ class Lolcats(Mixer):
         o, s, z = torch.ops.linearize.hybrid_chunk.default(
             tokens_first(query), line.key, line.value, line.mask,
             hedgehog(tokens_first(query), self.query_map), hedgehog(line.leaving_keys(), self.key_map),
-            torch.sigmoid(self.omega), sink_k, sink_v, sink_mask, None, state[-2], state[-1],
+            torch.exp(self.omega), sink_k, sink_v, sink_mask, None, state[-2], state[-1],
             window=self.line.window, scale=self.spec.scale,
         )  # fmt: skip
         return (tokens_first(o), *line.state, s, z)
+
+    def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
+        """Search omega_h on a grid for each query head, and the sharpness of W for each kv head, by output MSE."""
+        query_map, key_map = self.query_map.clone(), self.key_map.clone()
+        errors, omegas = [], []
+        for sharpness in SHARPNESS_GRID:
+            self.query_map.copy_(query_map * sharpness)
+            self.key_map.copy_(key_map * sharpness)
+            by_omega = torch.stack([self._head_errors(omega, inputs, target) for omega in OMEGA_GRID])
+            errors.append(by_omega.amin(0))
+            omegas.append(torch.tensor(OMEGA_GRID, device=target.device)[by_omega.argmin(0)])
+        best_kv = torch.stack(errors).unflatten(1, (self.spec.kv_heads, -1)).sum(-1).argmin(0)
+        best = best_kv.repeat_interleave(self.spec.groups)
+        sharpness_by_kv = torch.tensor(SHARPNESS_GRID, device=target.device)[best_kv]
+        self.key_map.copy_(key_map * sharpness_by_kv[:, None, None])
+        self.query_map.copy_(query_map * sharpness_by_kv.repeat_interleave(self.spec.groups)[:, None, None])
+        self.omega.copy_(torch.stack(omegas).gather(0, best[None])[0])
+
+    def _head_errors(self, omega: float, inputs: list[Tensor], target: Tensor) -> Tensor:
+        """Summed squared error of each head [H] with one omega for all."""
+        self.omega.fill_(omega)
+        return (self.run(inputs) - target).float().square().sum(dim=(0, 2, 3))
 
 
 def hedgehog(x: Tensor, weight: Tensor) -> Tensor:

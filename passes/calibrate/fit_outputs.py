@@ -44,7 +44,7 @@ class CalibrateOutputs:
     def run(self, program: Program) -> Program:
         budget = self.fit.tokens if self.tokens is None else self.tokens
         mixers = {site.index: attribute(program.module, f"{MIXERS}.{site.index}") for site in program.matched}
-        if budget <= 0 or not any(mixer.fits for mixer in mixers.values()):
+        if budget <= 0:
             return program
         progress = Progress(self.progress)
         train, held = held_out_split(self._batches(budget, progress))
