@@ -1,0 +1,89 @@
+"""`linearize compile`: a model in, a directory with its fixed-state version out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from linearize.cli._models import MODEL_HELP, check_text, load_source, read_calibration
+from linearize.cli._shell import out, say
+
+if TYPE_CHECKING:
+    from linearize.runtime.model import LinearizedModel
+
+
+def compile_model(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; it must not exist yet.", show_default=False)
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", help="A name, a name with options (lolcats{window=32}), or a .toml file."),
+    ] = "lolcats",
+    data: Annotated[
+        Path | None, typer.Option(help="Text file to fit on. Without one the model's own samples are used.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens to fit on; 0 leaves the mixers at their start. By recipe.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of samples and of the fit.")] = 0,
+    window: Annotated[int | None, typer.Option(min=1, help="The recipe's window, in tokens.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to follow, as inspect --save-plan wrote it and you edited it.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")] = False,
+) -> None:
+    """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.
+
+    The directory holds weights, graph, plan, report and the tokenizer. It appears complete or not at all, and is read
+    by [b]linearize generate[/b], [b]linearize export[/b] and linearize.load().
+    """
+    from linearize.files import check_new_directory
+
+    check_new_directory(output)
+    if data is not None:
+        check_text(data)
+    import linearize
+    from linearize.plan import Plan
+    from linearize.recipe import Recipe
+
+    policy = Recipe.load(recipe)
+    policy = policy if window is None else policy.with_options(window=window)
+    chosen = Plan.load(plan) if plan is not None else None
+    source = load_source(model)
+    calibration = read_calibration(data, model, source, policy.fit, tokens) if data is not None else None
+    started = time.perf_counter()
+    if not quiet:
+        say(f"compiling {type(source).__name__} with recipe {recipe}")
+    compiled = linearize.compile(
+        source, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed, progress=not quiet
+    )
+    compiled.save_pretrained(output)
+    if not quiet:
+        print_report(compiled, output, time.perf_counter() - started)
+
+
+def print_report(compiled: LinearizedModel, output: Path, seconds: float) -> None:
+    from linearize import printing
+
+    console = out()
+    console.print(printing.report_table(compiled.report))
+    console.print(printing.notes([*compiled.report.notes, *compiled.report.refused]))
+    console.print(f"state {state_text(compiled)}", style="dim", soft_wrap=True)
+    console.print(f"wrote {output} in {seconds:.0f} s", soft_wrap=True)
+    if (output / "tokenizer.json").is_file():
+        console.print(f'try   linearize generate {output} "..."', style="dim", soft_wrap=True, markup=False)
+
+
+def state_text(compiled: LinearizedModel) -> str:
+    """`130 KiB a sequence at any context`, or what it grows by where softmax layers were kept."""
+    from linearize.printing import bytes_text
+
+    start, later = compiled.state_bytes(context=0), compiled.state_bytes(context=1024)
+    if start == later:
+        return f"{bytes_text(start)} a sequence, whatever its length"
+    return f"{bytes_text(start)} a sequence and {bytes_text((later - start) / 1024)} more with every token"

@@ -1,0 +1,348 @@
+"""`linearize demo`: the main job on the embedded model, start to end, every figure measured on the spot."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearize.cli._shell import out
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from linearize.calibration.recall import RecallBatch
+    from linearize.program import Program
+    from linearize.runtime.model import LinearizedModel
+
+SEED = 0
+LENGTH = 512
+PROMPT = "def read_file(path):\n"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the demo does."""
+
+    window: int
+    tokens: int
+    text_rows: int
+    recall_rows: int
+    site_rows: int
+    contexts: tuple[int, ...]
+    steps: int
+    new_tokens: int
+
+
+FULL = Sizes(32, 65_536, 16, 8, 8, (512, 4096, 16_384), 24, 48)
+QUICK = Sizes(32, 1024, 2, 1, 2, (512,), 3, 8)
+
+
+@dataclass
+class Figures:
+    """Everything the demo measured; `--json` writes it."""
+
+    versions: dict[str, str]
+    threads: int
+    quick: bool
+    window: int
+    recipe: str
+    tokens_fitted: int = 0
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    onnx: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Data:
+    """What models are measured on: text int64 [B, T], recall sequences, and rows of both for the sites."""
+
+    text: list[Tensor]
+    recall: list[RecallBatch]
+    edges: list[int]
+    sites: list[Tensor]
+
+
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the results here: DIR/compiled and DIR/onnx.")
+    ] = None,
+    figures_file: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The same steps with small numbers.")] = False,
+) -> None:
+    """Do the main job on the embedded model: compile, measure, export, generate.
+
+    Shows an attention before and after, fits a hybrid with a window of 32 to the source, compares errors, perplexity,
+    recall beyond the window, speed and memory, exports to ONNX and checks it. About two minutes on two cores.
+    """
+    from linearize.files import check_new_directory
+
+    if output is not None:
+        check_new_directory(output)
+    with tempfile.TemporaryDirectory(prefix="linearize-demo-") as scratch:
+        Demo(QUICK if quick else FULL, quick, output or Path(scratch, "out"), figures_file).run()
+    if output is not None:
+        out().print(f"wrote {output / 'compiled'} and {output / 'onnx'}", soft_wrap=True)
+
+
+class Demo:
+    """The steps in order; each prints what it found and adds it to the figures."""
+
+    def __init__(self, sizes: Sizes, quick: bool, folder: Path, figures_file: Path | None) -> None:
+        import torch
+
+        import linearize
+        from linearize.capture import hf
+
+        self.sizes, self.folder, self.figures_file = sizes, folder, figures_file
+        self.console: Console = out()
+        self.recipe = f"lolcats{{window={sizes.window}}}"
+        versions = {"linearize": linearize.__version__, "torch": torch.__version__}
+        self.figures = Figures(versions, torch.get_num_threads(), quick, sizes.window, self.recipe)
+        self.source = hf.load_model(str(linearize.demo_model_dir()))
+        self.tokenizer: Any = hf.load_tokenizer(linearize.demo_model_dir())
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        with self.step("1  capture and match"):
+            captured = self.capture()
+        with self.step("2  compile and fit"):
+            teacher, compiled = self.compile(captured)
+        with self.step("3  measure"):
+            self.measure(teacher, compiled)
+        with self.step("4  speed and memory"):
+            self.race(compiled)
+        with self.step("5  save and export to ONNX"):
+            self.save(compiled)
+        with self.step("6  generate"):
+            self.generate(compiled)
+        self.figures.seconds["total"] = round(time.perf_counter() - started, 1)
+        self.tell(f"\n{self.figures.seconds['total']:.0f} s in all", "dim")
+        if self.figures_file is not None:
+            from linearize.files import write_atomically
+
+            write_atomically(self.figures_file, json.dumps(asdict(self.figures), indent=1).encode())
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self.console.print(f"\n[bold cyan]{title}[/bold cyan]")
+        started = time.perf_counter()
+        yield
+        self.figures.seconds[title.split("  ")[1]] = round(time.perf_counter() - started, 1)
+
+    def tell(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    # ---- 1, 2: the compiler ------------------------------------------------------------------------------------------
+
+    def capture(self) -> Program:
+        import linearize
+        from linearize import printing
+
+        program = linearize.capture(self.source)
+        self.console.print(printing.program_summary(program))
+        self.tell(f"attention of layer 0 as captured ({program.matched[0].module})", "dim")
+        self.show_attention(program.history[-1].text, program)
+        return program
+
+    def compile(self, captured: Program) -> tuple[Program, LinearizedModel]:
+        import linearize
+        from linearize import printing
+        from linearize.passes.rewrite import RaiseAttention
+        from linearize.pipeline import run_pipeline
+
+        teacher = run_pipeline(captured, [RaiseAttention()])
+        compiled = linearize.compile(self.source, self.recipe, tokens=self.sizes.tokens, seed=SEED)
+        report = compiled.report
+        self.figures.tokens_fitted = report.tokens_fitted
+        self.tell(f"recipe {self.recipe}, fitted on {report.tokens_fitted:,} tokens of {report.data}")
+        self.tell("attention of layer 0 rewritten: a mixer, its state in and out", "dim")
+        self.show_attention(compiled.source.history[-1].text, captured)
+        kernels = sorted(set(compiled.report.kernels.values()))
+        sizes = printing.bytes_text(compiled.state_bytes())
+        self.tell(f"kernels {', '.join(kernels)}; state {sizes} a sequence, whatever its length", "dim")
+        return teacher, compiled
+
+    def show_attention(self, text: str, captured: Program) -> None:
+        from linearize import printing
+
+        nodes = captured.matched[0].nodes
+        for line in printing.excerpt_after(text, (nodes.query, nodes.key, nodes.value), until="aten.linear("):
+            ours = "linearize_mixers" in line
+            self.console.print(printing.code_line(line, ours), no_wrap=not ours, overflow=None if ours else "ellipsis")
+
+    # ---- 3: what was lost --------------------------------------------------------------------------------------------
+
+    def measure(self, teacher: Program, compiled: LinearizedModel) -> None:
+        from linearize.calibration.evaluate import logits_of, mixers_at_start, mixers_of, site_errors
+
+        data = self.data(compiled.vocab_size or 0)
+        start, window = self.unfitted(teacher, self.recipe), self.unfitted(teacher, self.window_recipe())
+        columns = {
+            "window_only": site_errors(teacher, mixers_of(window.source), data.sites),
+            "start": site_errors(teacher, mixers_at_start(teacher, compiled.plan), data.sites),
+            "fitted": site_errors(teacher, mixers_of(compiled.source), data.sites),
+        }
+        for entry in compiled.plan.entries:
+            errors = {name: column[entry.site] for name, column in columns.items()}
+            self.figures.sites.append({"site": entry.site, "module": entry.module, "mixer": entry.label(), **errors})
+        self.console.print(sites_figures(self.figures.sites))
+        source = logits_of(self.source)
+        for name, model in (("source", None), ("window only", window), ("at start", start), ("fitted", compiled)):
+            logits = source if model is None else logits_of(model)
+            self.figures.models[name] = model_figures(logits, source, data)
+        self.console.print("")
+        self.console.print(models_figures(self.figures.models, self.sizes.window))
+
+    def window_recipe(self) -> str:
+        return f"window{{window={self.sizes.window}}}"
+
+    def unfitted(self, teacher: Program, recipe: str) -> LinearizedModel:
+        """The source rewritten by a recipe, its mixers at their start."""
+        from linearize.api import finish, start_report
+        from linearize.passes.rewrite import InsertMixers
+        from linearize.pipeline import run_pipeline
+        from linearize.recipe import Recipe
+
+        plan = Recipe.load(recipe).plan(teacher.matched)
+        program = run_pipeline(teacher, [InsertMixers(plan)])
+        return finish(program, plan, start_report(program, plan, SEED), {})
+
+    def data(self, vocab_size: int) -> Data:
+        from linearize.calibration import demo
+
+        sizes = self.sizes
+        text = demo.text_rows(self.tokenizer, demo.held_out_documents(), sizes.text_rows, LENGTH)
+        recall = demo.recall_batches(vocab_size, sizes.window, sizes.recall_rows, seed=SEED + 1)
+        half = sizes.site_rows // 2
+        rows = [text[:half], recall[1].input_ids[: sizes.site_rows - half]]
+        return Data(list(text.split(4)), recall, demo.recall_edges(sizes.window), rows)
+
+    # ---- 4: what was gained ------------------------------------------------------------------------------------------
+
+    def race(self, compiled: LinearizedModel) -> None:
+        from linearize.cli._speed import decode_speeds
+
+        for context in self.sizes.contexts:
+            source, fitted = decode_speeds(self.source, compiled, context, self.sizes.steps)
+            self.figures.speed.append({"context": context, "source": asdict(source), "compiled": asdict(fitted)})
+        self.console.print(speed_figures(self.figures.speed))
+
+    # ---- 5, 6: what remains ------------------------------------------------------------------------------------------
+
+    def save(self, compiled: LinearizedModel) -> None:
+        import torch
+
+        import linearize
+        from linearize.export.runner import OnnxModel
+
+        compiled.save_pretrained(self.folder / "compiled")
+        ids = torch.arange(100).unsqueeze(0) * 7 % (compiled.vocab_size or 2)
+        again = linearize.load(self.folder / "compiled")
+        with torch.no_grad():
+            equal = torch.equal(again(ids).logits, compiled(ids).logits)
+        self.tell(f"saved and loaded: logits {'equal to the bit' if equal else 'DIFFER'}")
+        linearize.export(compiled, self.folder / "onnx", format="onnx")
+        worst = largest_difference(compiled, OnnxModel(self.folder / "onnx"), ids, self.sizes.new_tokens)
+        steps = self.sizes.new_tokens
+        self.figures.onnx = {"prefill": 100, "steps": steps, "largest_difference": worst, "reload_equal": equal}
+        self.tell(f"ONNX in onnxruntime: logits within {worst:.1e}, over a prompt of 100 tokens and {steps} steps")
+
+    def generate(self, compiled: LinearizedModel) -> None:
+        import torch
+
+        from linearize.export.runner import OnnxModel
+
+        ids, count = self.tokenizer(PROMPT, return_tensors="pt")["input_ids"], self.sizes.new_tokens
+        from_source = self.source.generate(ids, max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+        from_compiled = compiled.generate(ids, max_new_tokens=count)
+        from_onnx = torch.as_tensor(OnnxModel(self.folder / "onnx").generate(ids.numpy(), max_new_tokens=count))
+        for name, tokens in (("source", from_source), ("compiled", from_compiled)):
+            self.console.print(f"[dim]{name}[/dim]")
+            self.console.print(self.tokenizer.decode(tokens[0], skip_special_tokens=True), markup=False)
+        same = torch.equal(from_onnx, from_compiled)
+        self.figures.onnx["same_tokens"] = same
+        self.tell(f"ONNX in onnxruntime: {'the same tokens' if same else 'OTHER TOKENS'} as compiled", "dim")
+
+
+def model_figures(logits: Any, source: Any, data: Data) -> dict[str, Any]:
+    """Perplexity on text, agreement with the source, recall by distance of one model."""
+    from linearize.calibration import evaluate
+
+    table = evaluate.recall(logits, data.recall, data.edges)
+    close = evaluate.agreement(source, logits, data.text)
+    return {
+        "perplexity": evaluate.perplexity(logits, data.text),
+        "kl": close.kl,
+        "top1": close.top1,
+        "recall": evaluate.overall(table),
+        "recall_by_distance": [asdict(row) for row in table],
+    }
+
+
+def largest_difference(compiled: LinearizedModel, onnx: Any, ids: Tensor, steps: int) -> float:
+    """Over the logits of a prompt and of `steps` greedy steps, PyTorch against onnxruntime."""
+    import torch
+
+    worst, state, onnx_state, tokens = 0.0, None, None, ids
+    with torch.no_grad():
+        for _ in range(steps + 1):
+            logits, state = compiled.step(tokens, state)
+            onnx_logits, onnx_state = onnx.step(tokens.numpy(), onnx_state)
+            worst = max(worst, (logits - torch.as_tensor(onnx_logits)).abs().max().item())
+            tokens = logits[:, -1:].argmax(-1)
+    return worst
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def sites_figures(sites: list[dict[str, Any]]) -> Any:
+    from linearize.printing import figure, table
+
+    names = ("window_only", "start", "fitted")
+    headers = ("window", "start", "fitted")
+    title = "relative MSE of each attention's output, held-out text and recall"
+    made = table("site", "module", "mixer", *headers, title=title, right=("site", *headers))
+    for site in sites:
+        made.add_row(str(site["site"]), site["module"], site["mixer"], *(figure(site[name]) for name in names))
+    means = [sum(site[name] for site in sites) / len(sites) for name in names]
+    made.add_row("", "mean", "", *(figure(mean) for mean in means), style="bold")
+    return made
+
+
+def models_figures(models: dict[str, dict[str, Any]], window: int) -> Any:
+    from linearize.printing import table
+
+    first = next(iter(models.values()))
+    ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
+    headers = ("perplexity", "KL", "top-1", "recall", *ranges)
+    title = f"the whole model; recall from beyond {window} tokens, by distance"
+    made = table("model", *headers, title=title, right=headers)
+    for name, row in models.items():
+        recall = [f"{part['accuracy']:.1%}" for part in row["recall_by_distance"]]
+        figures = (f"{row['perplexity']:.2f}", f"{row['kl']:.3f}", f"{row['top1']:.1%}", f"{row['recall']:.1%}")
+        made.add_row(name, *figures, *recall)
+    return made
+
+
+def speed_figures(speed: list[dict[str, Any]]) -> Any:
+    from linearize.printing import bytes_text, table
+
+    headers = ("context", "source tokens/s", "compiled tokens/s", "source cache", "compiled state")
+    made = table(*headers, title="decoding, one sequence; the source with its key-value cache", right=headers)
+    for row in speed:
+        rates = [f"{row[name]['tokens_per_second']:.0f}" for name in ("source", "compiled")]
+        sizes = [bytes_text(row[name]["state_bytes"]) for name in ("source", "compiled")]
+        made.add_row(f"{row['context']:,}", *rates, *sizes)
+    return made

@@ -1,0 +1,38 @@
+"""`linearize export`: a compiled model in another format."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli._shell import out, say
+
+
+def export_model(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What linearize compile wrote.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; it must not exist yet.", show_default=False)
+    ],
+    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx.")] = "onnx",
+) -> None:
+    """Write a compiled model in another format, and check the file against PyTorch.
+
+    One graph serves prompts and single steps: tokens and a state in, logits and the new state out. manifest.json says
+    what each input is and where it starts.
+    """
+    from linearize.files import check_new_directory
+
+    check_new_directory(output)
+    import linearize
+
+    compiled = linearize.load(directory)
+    say(f"exporting {compiled.program.model_name} to {form} and checking it")
+    started = time.perf_counter()
+    path = linearize.export(compiled, output, format=form)
+    console = out()
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
+        console.print(f"{file.stat().st_size:>12,}  {file}", soft_wrap=True)
+    console.print(f"wrote {path} in {time.perf_counter() - started:.0f} s", soft_wrap=True)
