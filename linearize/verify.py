@@ -97,7 +97,13 @@ def check_state_threading(program: Program, tolerance: float = 1e-3) -> None:
         return
     whole, _ = _run_piece(program, None, 0, 14)
     first, state = _run_piece(program, None, 0, 9)
-    second, _ = _run_piece(program, state, 9, 14)
+    try:
+        second, _ = _run_piece(program, state, 9, 14)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise VerificationError(
+            f"{program.model_name} does not run in two pieces ({_first_line(error)}): it computes positions or masks "
+            "in a way that could not be continued from a state"
+        ) from error
     pieces = torch.cat([first, second], dim=1) if first.shape[1] == 9 else second
     worst = ((pieces - whole).abs().amax() / whole.abs().amax().clamp_min(1e-12)).item()
     if not worst <= tolerance:

@@ -152,14 +152,26 @@ def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:
         return
     for batch, length in ((1, 19), (3, 8), (2, 1)):
         inputs = probe_inputs(list(call.inputs), batch, length, program.vocab_size or 2, tokens.device)
-        expected, actual = wrapper(*inputs.values()), program.module(*inputs.values())
-        worst = relative_difference(actual, expected)
-        if not worst <= 1e-4:
+        expected = wrapper(*inputs.values())
+        problem = _disagreement(program, inputs, expected)
+        if problem:
             raise CaptureError(
-                f"the captured graph of {program.model_name} differs from the model by {worst:.2g} (relative) at batch "
-                f"{batch}, length {length}; the model's computation depends on shapes in a way that tracing lost"
+                f"the captured graph of {program.model_name} {problem} at batch {batch}, length {length}; "
+                "the model's computation depends on shapes in a way that tracing lost"
             )
     _check_causal(program, list(call.inputs), tokens.device)
+
+
+def _disagreement(program: Program, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> str:
+    """How the graph's logits fail to be `expected` ('' where they are)."""
+    try:
+        actual = program.module(*inputs.values())
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"does not run ({str(error).strip().splitlines()[0]})"
+    if actual.shape != expected.shape:
+        return f"gives logits of shape {list(actual.shape)}, not {list(expected.shape)}"
+    worst = relative_difference(actual, expected)
+    return "" if worst <= 1e-4 else f"differs from the model by {worst:.2g} (relative)"
 
 
 def _check_causal(program: Program, names: list[str], device: torch.device) -> None:
@@ -181,7 +193,7 @@ def _check_causal(program: Program, names: list[str], device: torch.device) -> N
 def probe_inputs(
     names: list[str], batch: int, length: int, vocab_size: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Reproducible inputs by name: random token ids below `vocab_size`, a mask of ones, positions from 0. int64 [B, T]."""
+    """Reproducible int64 [B, T] by name: random token ids below `vocab_size`, a mask of ones, positions from 0."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (batch, length), generator=generator).to(device)
     made = {

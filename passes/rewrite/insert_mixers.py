@@ -111,7 +111,7 @@ def _return(editor: Editor, new_state: list[fx.Node]) -> None:
 
 
 def _stateless(program: Program) -> str:
-    """Why the graph cannot be run step by step ('' if it can): an attention that stayed as it was sees only its call."""
+    """Why the graph cannot run step by step ('' if it can): an attention that stayed as it was sees only its call."""
     if not program.refused:
         return ""
     first = program.refused[0]

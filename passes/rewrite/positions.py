@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from linearize.program import POSITIONS
 from linearize.rewriting.editor import Editor
 from linearize.rewriting.walk import is_op, shape_of
 
@@ -28,7 +29,7 @@ def offset_positions(editor: Editor, offset: fx.Node) -> int | None:
             _shift_arange(editor, node, offset)
         elif is_op(node, aten.slice) and _is_table_slice(node, lengths):
             limits.append(_gather_table(editor, node, offset, lengths))
-    limits += [int(shape_of(node.args[0])[0]) for node in editor.graph.nodes if _embeds_positions(node)]
+    limits += [limit for node in editor.graph.nodes if (limit := _embedded_positions(node)) is not None]
     return min(limits, default=None)
 
 
@@ -73,11 +74,16 @@ def shape_device(node: fx.Node) -> torch.device:
     return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
 
 
-def _embeds_positions(node: fx.Node) -> bool:
-    """An embedding whose ids come from positions: an arange, or the `position_ids` input, not the tokens."""
+def _embedded_positions(node: fx.Node) -> int | None:
+    """Positions that an embedding has rows for, where its ids are positions (an arange, or the `position_ids` input),
+    less the rows that the ids skip (OPT adds 2); None for an embedding of anything else."""
     if not is_op(node, aten.embedding):
-        return False
-    current = node.args[1]
+        return None
+    current, skipped = node.args[1], 0
     while isinstance(current, fx.Node) and current.op == "call_function" and not is_op(current, aten.arange):
+        if is_op(current, aten.add) and isinstance(current.args[1], int):
+            skipped += current.args[1]
         current = current.args[0] if current.args else None
-    return isinstance(current, fx.Node) and (is_op(current, aten.arange) or current.target == "position_ids")
+    if isinstance(current, fx.Node) and (is_op(current, aten.arange) or current.target == POSITIONS):
+        return int(shape_of(node.args[0])[0]) - skipped  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,298 @@
+"""The zoo: tiny random decoder-only models of many families, each with what is expected of it today.
+
+Weights are drawn wide (`loud`), so that attention is far from uniform and an ignored feature moves the logits. Every
+model is captured once a session, see `captured`; `compiled` compiles from that capture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import linearize
+from linearize.capture.calling import find_logits
+from linearize.program import MASK, Program
+from linearize.runtime.model import LinearizedModel
+from tests import plain_models as plain
+
+VOCAB, LAYERS = 97, 2
+LEFT_OUT = object()  # of a family that computes or does not take this field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model. `matched` and `refused` count its attentions; `masks` are those of the matched ones, in order, one
+    name standing for all; every reason of a refusal contains `reason`; `extras` are among each matched site's.
+
+    `error` is the text of the CaptureError that capture must raise, `not_stepped` of the VerificationError of compile.
+    `limit` is the longest context of its position table. `tolerance` on logits, relative to the largest.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    matched: int = LAYERS
+    refused: int = 0
+    masks: tuple[str, ...] = ("causal",)
+    extras: tuple[str, ...] = ()
+    reason: str = ""
+    error: str = ""
+    not_stepped: str = ""
+    limit: int | None = None
+    last_only: bool = False
+    family: str = field(default="plain")
+
+    @property
+    def steps(self) -> bool:
+        return not (self.refused or self.error or self.not_stepped)
+
+    def mask_of(self, site: int) -> str:
+        return self.masks[site] if len(self.masks) > 1 else self.masks[0]
+
+
+def loud(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraw every parameter: matrices with unit gain, vectors moved off their start, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * max(parameter.shape[-1], 1) ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def hf(kind: str, **overrides: Any) -> Callable[[], nn.Module]:
+    """A builder of transformers' causal language model of that kind, 2 layers, 4 heads of 8, vocabulary 97."""
+
+    def build() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options: dict[str, Any] = {
+            "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
+        options = {key: value for key, value in {**options, **overrides}.items() if value is not LEFT_OUT}
+        config = AutoConfig.for_model(kind, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return loud(AutoModelForCausalLM.from_config(config))
+
+    return build
+
+
+def written(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Callable[[], nn.Module]:
+    """A builder of one of `plain_models`."""
+
+    def seeded() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return loud(build(*args, **options))
+
+    return seeded
+
+
+GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
+MLA = {
+    "num_key_value_heads": 4, "head_dim": LEFT_OUT, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 5, "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+CHAIN = "matmul and softmax"
+PIECES = "could not be continued"
+
+TRANSFORMERS: tuple[Entry, ...] = tuple(
+    Entry(name, hf(kind, **options), family="transformers", **expected)  # type: ignore[arg-type]
+    for name, kind, options, expected in (
+        ("llama", "llama", {}, {"extras": ("gqa", "rope-half(8)", "padding")}),
+        ("llama_mha", "llama", {"num_key_value_heads": 4}, {"extras": ("rope-half(8)",)}),
+        ("llama_mqa", "llama", {"num_key_value_heads": 1}, {"extras": ("mqa",)}),
+        ("llama_biased", "llama", {"attention_bias": True, "tie_word_embeddings": True}, {"extras": ("gqa",)}),
+        (
+            "llama_rope_scaled", "llama",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                                 "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+            {"extras": ("gqa", "rope-half(8)")},
+        ),
+        ("gpt2", "gpt2", GPT2, {"extras": ("fused-qkv", "padding"), "limit": 64}),
+        ("gpt_bigcode", "gpt_bigcode", GPT2, {"extras": ("mqa",), "limit": 64}),
+        ("gpt_neo", "gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                                "window_size": 6}, {"matched": 0, "refused": 2, "reason": CHAIN}),
+        ("gpt_neox", "gpt_neox", {"head_dim": LEFT_OUT}, {"extras": ("fused-qkv", "rope-half(2)")}),
+        ("gptj", "gptj", {**GPT2, "rotary_dim": 4}, {"matched": 0, "refused": 2, "reason": CHAIN}),
+        ("codegen", "codegen", {**GPT2, "rotary_dim": 4, "n_ctx": 64}, {"matched": 0, "refused": 2, "reason": CHAIN}),
+        ("opt", "opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, {"extras": ("padding",), "limit": 64}),
+        ("mistral", "mistral", {"sliding_window": 6}, {"masks": ("sliding(6)",), "extras": ("gqa", "rope-half(8)")}),
+        ("mistral_full", "mistral", {"sliding_window": None}, {"extras": ("gqa",)}),
+        ("mixtral", "mixtral", {"num_local_experts": 4}, {"extras": ("gqa",)}),
+        ("qwen2", "qwen2", {}, {"extras": ("gqa", "rope-half(8)")}),
+        ("qwen3", "qwen3", {}, {"extras": ("gqa", "rope-half(8)", "qk-norm")}),
+        ("qwen3_moe", "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+         {"extras": ("qk-norm",)}),
+        ("phi", "phi", {"partial_rotary_factor": 0.5}, {"extras": ("rope-half(4)",)}),
+        ("phi3", "phi3", {}, {"extras": ("fused-qkv", "gqa", "rope-half(8)")}),
+        ("gemma", "gemma", {}, {"extras": ("gqa", "rope-half(8)")}),
+        ("gemma2", "gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 8},
+         {"matched": 0, "refused": 2, "reason": CHAIN}),
+        ("gemma3", "gemma3_text", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+         {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "qk-norm")}),
+        ("stablelm", "stablelm", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-half(4)")}),
+        ("starcoder2", "starcoder2", {}, {"extras": ("gqa",)}),
+        ("cohere", "cohere", {}, {"extras": ("gqa", "rope-interleaved(8)")}),
+        ("cohere2", "cohere2", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+         {"masks": ("sliding(6)", "causal")}),
+        ("olmo", "olmo", {}, {"extras": ("gqa",)}),
+        ("olmo2", "olmo2", {}, {"extras": ("gqa", "qk-norm")}),
+        ("granite", "granite", {"attention_multiplier": 0.3}, {"extras": ("gqa",)}),
+        ("granitemoe", "granitemoe", {"num_local_experts": 4, "attention_multiplier": 0.3}, {"extras": ("gqa",)}),
+        ("falcon", "falcon", {"new_decoder_architecture": False, "multi_query": True, "head_dim": LEFT_OUT},
+         {"extras": ("mqa",)}),
+        ("falcon_new", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": LEFT_OUT},
+         {"extras": ("gqa",)}),
+        ("bloom", "bloom", {"n_layer": LAYERS, "n_head": 4},
+         {"matched": 0, "not_stepped": PIECES}),
+        ("mpt", "mpt", {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64},
+         {"matched": 0, "refused": 2, "reason": CHAIN}),
+        ("glm", "glm", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-interleaved(4)")}),
+        ("glm4", "glm4", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-interleaved(4)")}),
+        ("smollm3", "smollm3", {"no_rope_layers": [1, 0]}, {"extras": ("gqa",)}),
+        ("exaone4", "exaone4", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+         {"masks": ("sliding(6)", "causal")}),
+        ("nemotron", "nemotron", {"partial_rotary_factor": 0.5}, {"extras": ("gqa",)}),
+        ("persimmon", "persimmon", {"partial_rotary_factor": 0.5}, {"extras": ("fused-qkv", "qk-norm")}),
+        ("biogpt", "biogpt", {"word_embed_proj_dim": 32}, {"limit": 64}),
+        ("helium", "helium", {}, {"extras": ("gqa",)}),
+        ("ernie4_5", "ernie4_5", {}, {"extras": ("gqa",)}),
+        ("seed_oss", "seed_oss", {}, {"extras": ("gqa",)}),
+        ("apertus", "apertus", {}, {"extras": ("gqa", "qk-norm")}),
+        ("arcee", "arcee", {}, {"extras": ("gqa",)}),
+        ("deepseek_v2", "deepseek_v2", MLA, {}),
+        ("deepseek_v3", "deepseek_v3", {**MLA, "n_group": 1, "topk_group": 1}, {}),
+        ("gpt_oss", "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+         {"matched": 0, "not_stepped": PIECES}),
+    )
+)  # fmt: skip
+
+
+def _plain(name: str, build: Callable[..., nn.Module], *args: Any, **expected: Any) -> Entry:
+    return Entry(name, written(build, *args), **expected)
+
+
+LEARNED, BARE = plain.LearnedPositions, plain.Decoder
+PLAIN: tuple[Entry, ...] = (
+    _plain("nano_gpt", plain.NanoGPT, extras=("fused-qkv",), limit=64),
+    _plain("nano_gpt_last", plain.NanoGPT, None, True, extras=("fused-qkv",), limit=64, last_only=True),
+    _plain("llama_from_scratch", plain.LlamaFromScratch, extras=("gqa", "rope-interleaved(8)"), limit=64),
+    _plain("rotary_in_forward", BARE, plain.RotaryInForward, extras=("gqa", "rope-half(8)")),
+    _plain("rotary_tables", BARE, plain.RotaryTables, extras=("rope-interleaved(4)",), limit=64),
+    _plain("float_mask_buffer", LEARNED, plain.FloatMaskBuffer, limit=64),
+    _plain("bool_mask", LEARNED, plain.BoolMaskOnTheFly, limit=64),
+    _plain("position_id_buffer", plain.PositionIdBuffer, limit=64),
+    _plain("position_parameter", plain.PositionParameter, limit=64),
+    _plain("multi_query", LEARNED, plain.MultiQuery, extras=("mqa",), limit=64),
+    _plain("enable_gqa", LEARNED, plain.EnableGQA, extras=("gqa",), limit=64),
+    _plain("repeat_interleave", LEARNED, plain.RepeatInterleave, extras=("gqa",), limit=64),
+    _plain("tiled_heads", LEARNED, plain.TiledHeads, limit=64),
+    _plain("banded_window", LEARNED, plain.BandedWindow, masks=("sliding(6)",), limit=64),
+    _plain("differential", LEARNED, plain.Differential, matched=4, limit=64),
+    _plain("gated_qk_norm", LEARNED, plain.GatedOutput, extras=("qk-norm",), limit=64),
+    _plain("shared_block", plain.SharedBlock, extras=("fused-qkv",), limit=64),
+    _plain("one_hot_tokens", plain.OneHotTokens, plain.FusedSDPA),
+    _plain("dict_output", plain.DictOutput, plain.FusedSDPA, limit=64),
+    _plain("dataclass_output", plain.DataclassOutput, plain.FusedSDPA, limit=64),
+    _plain("config_object", plain.WithConfigObject, limit=64),
+    _plain("experts_with_router", plain.ExpertsWithRouter, limit=64),
+    _plain("frozen_half", plain.FrozenHalf, limit=64),
+    _plain("tutorial_transformer", plain.TutorialTransformer, True, limit=64),
+    # refused, left as they are, and right
+    _plain("manual_causal", LEARNED, plain.ManualCausal, matched=0, refused=2, reason=CHAIN),
+    _plain("alibi_manual", BARE, plain.AlibiManual, matched=0, refused=2, reason=CHAIN),
+    _plain("soft_capped", LEARNED, plain.SoftCapped, matched=0, refused=2, reason=CHAIN),
+    _plain("alibi_sdpa", BARE, plain.AlibiSDPA, matched=0, refused=2, reason="adds a position-dependent bias"),
+    _plain("chunked", LEARNED, plain.ChunkedLocal, matched=0, refused=2, reason="its mask is chunked(6)"),
+    _plain("prefix", LEARNED, plain.PrefixVisible, matched=0, refused=2, reason="shows 3 future keys"),
+    _plain("strided", LEARNED, plain.Strided, matched=0, refused=2, reason="hides 576 past ones"),
+    _plain("thresholded", LEARNED, plain.Thresholded, matched=0, refused=2, reason="depends on the hidden states"),
+    _plain("memory_tokens", LEARNED, plain.MemoryTokens, matched=0, refused=2, reason="the key axis has length 5"),
+    # attentions that are not seen at all yet: compile must notice that the state misses them
+    _plain("einsum_causal", LEARNED, plain.EinsumCausal, matched=0, not_stepped=PIECES),
+    _plain("sink_logits", LEARNED, plain.SinkLogits, matched=0, not_stepped=PIECES),
+    # no softmax, or a memory outside of the attention: never silently wrong
+    _plain("linear_attention", LEARNED, plain.LinearAttention, matched=0, not_stepped=PIECES),
+    _plain("cumsum_positions", plain.CumsumPositions, plain.FusedSDPA, not_stepped=PIECES),
+    _plain("reversed_positions", plain.ReversedPositions, plain.FusedSDPA, not_stepped=PIECES),
+    _plain("token_shift", plain.TokenShift, plain.FusedSDPA, not_stepped=PIECES),
+    # not taken at all
+    _plain("bidirectional", LEARNED, plain.Bidirectional, error="is not a decoder: changing the last token"),
+    _plain("no_logits", plain.NoLogits, error=r"returned a float32 tensor of shape \[2, 32\], not logits"),
+    _plain("branch_on_values", plain.BranchOnValues, plain.FusedSDPA, error="cannot trace BranchOnValues"),
+    _plain("branch_on_length", plain.BranchOnLength, plain.FusedSDPA, error="depends on shapes in a way that tracing"),
+    _plain("tutorial_detects_mask", plain.TutorialTransformer, error="cannot trace .* in module 'encoder'"),
+    Entry("bert", hf("bert", is_decoder=False), error="is not a decoder", family="transformers"),
+    Entry("t5", lambda: _t5(), error="is an encoder-decoder", family="transformers"),
+)
+
+ENTRIES: tuple[Entry, ...] = TRANSFORMERS + PLAIN
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(config)
+
+
+@functools.cache
+def source(name: str) -> nn.Module:
+    """The model of that name, the same object all session; leave it as it is."""
+    return BY_NAME[name].build()
+
+
+@functools.cache
+def captured(name: str) -> Program:
+    """Its captured, normalised and matched program."""
+    return linearize.capture(source(name))
+
+
+@functools.cache
+def compiled(name: str, recipe: str = "none") -> LinearizedModel:
+    """Compiled by `recipe` without fitting, from the session's capture."""
+    return compile_again(name, recipe, tokens=0)
+
+
+def compile_again(name: str, recipe: Any = "none", **options: Any) -> LinearizedModel:
+    """`linearize.compile` of a zoo model that is not captured a second time."""
+    program = captured(name)
+    with mock.patch("linearize.api.capture", return_value=program):
+        return linearize.compile(source(name), recipe, progress=False, **options)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """int64 [batch, length] below the zoo's vocabulary; 0 (the padding id) is left out."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1000 * seed + length))
+
+
+def source_logits(name: str, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the source itself returns, called as its users call it."""
+    inputs: dict[str, Any] = {}
+    if MASK in captured(name).input_names() and BY_NAME[name].family == "transformers":
+        inputs["use_cache"] = False
+        if mask is not None:
+            inputs["attention_mask"] = mask
+    with torch.no_grad():
+        return find_logits(source(name)(ids, **inputs))
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| over max |expected|; shapes must agree, NaN counts as infinite."""
+    assert actual.shape == expected.shape, f"{list(actual.shape)} is not {list(expected.shape)}"
+    worst = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+    return worst if worst == worst else float("inf")
