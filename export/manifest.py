@@ -98,12 +98,14 @@ def describe(compiled: LinearizedModel, folder: Path) -> Manifest:
     program = compiled.program
     config = compiled.config or {}
     states = [
-        StateEntry(
-            input=f"{PAST}{spec.name}",
-            output=f"{PRESENT}{spec.name}",
-            shape=_shape(spec.shape, spec.batched, spec.grows),
-            dtype=_short(spec.dtype),
-            grows=grows_axis(spec),
+        StateEntry.model_validate(
+            {
+                "in": f"{PAST}{spec.name}",
+                "out": f"{PRESENT}{spec.name}",
+                "shape": _shape(spec.shape, spec.batched, spec.grows),
+                "dtype": _short(spec.dtype),
+                "grows": grows_axis(spec),
+            }
         )
         for spec in compiled.state_specs
     ]

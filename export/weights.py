@@ -31,7 +31,7 @@ def move_weights(model: ir.Model, folder: Path) -> None:
         assert old is not None
         assert length == old.nbytes
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(old.shape), name=name, base_dir=folder
+            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(old.numpy().shape), name=name, base_dir=folder
         )
 
 
