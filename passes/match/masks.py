@@ -13,6 +13,7 @@ from linearize.spec import MaskSpec
 
 MIN_PROBE, MAX_PROBE = 48, 8200
 PADDED = 5
+MASKED_BELOW = -5e3  # sources fill with -1e4, -1e9, finfo.min or -inf; position biases at a probe's length stay above
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,29 @@ def read_mask(program: Program, mask: fx.Node | None, causal: bool, activations:
     return classify(allowed, padded=_has_padding(program))
 
 
+def read_score_mask(program: Program, scores: fx.Node, product: fx.Node, activations: set[fx.Node]) -> MaskReading:
+    """Classify what stands between a query-key product and its softmax, whatever it is written with: evaluate the
+    scores with the product set to 0, which leaves what is added or filled in."""
+    length = probe_length(scores, stop=product)
+    if length is None:
+        return MaskReading(None, f"the chain to {scores.name} has a constant above {MAX_PROBE}, longer than can be probed")
+    zeros = torch.zeros(2, int(product.meta["val"].shape[1]), length, length, dtype=product.meta["val"].dtype)
+    try:
+        (value,) = evaluate(program.module, [scores], {**_padded_inputs(program, length), product: zeros})
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        return MaskReading(None, f"the chain to {scores.name} cannot be evaluated alone: {str(error).splitlines()[0]}")
+    allowed, bias = split_mask(value)
+    if bias:
+        return MaskReading(None, f"the chain to {scores.name} adds a position-dependent bias to the scores")
+    return classify(allowed, padded=_has_padding(program))
+
+
 def split_mask(value: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(bool [B, H, T, S] of what may be attended, whether the attended entries carry different additive values)."""
     if value.dtype == torch.bool:
         return _rank4(value), False
     value = _rank4(value.float())
-    allowed = value > -1e4
+    allowed = value > MASKED_BELOW
     seen = value[allowed]
     return allowed, bool(seen.numel()) and bool((seen - seen[0]).abs().max() > 1e-6)
 
@@ -55,11 +73,11 @@ def _rank4(value: torch.Tensor) -> torch.Tensor:
     return value.reshape((1,) * (4 - value.ndim) + tuple(value.shape))
 
 
-def probe_length(mask: fx.Node) -> int | None:
+def probe_length(mask: fx.Node, stop: fx.Node | None = None) -> int | None:
     """Longer than twice every length-like constant behind the mask, so that windows and chunks show; None if too long."""
     constants = [
         abs(int(arg))
-        for node in cone([mask])
+        for node in cone([mask], stop=[stop] if stop is not None else []) - {stop}
         for arg in (*node.args, *node.kwargs.values())
         if isinstance(arg, int | float) and not isinstance(arg, bool) and abs(arg) < 1e9
     ]

@@ -10,7 +10,7 @@ from torch import fx
 
 from linearize.passes.match import region
 from linearize.passes.match.cores import Core, Refusal, find_cores
-from linearize.passes.match.masks import read_mask
+from linearize.passes.match.masks import read_mask, read_score_mask
 from linearize.passes.match.validate import core_disagreement, read_rope
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program, node_scope
@@ -79,7 +79,10 @@ def _shape_refusal(core: Core) -> str | None:
 
 def _mask_of(flow: region.Flow, core: Core) -> tuple[MaskSpec | None, str]:
     if core.product is not None:
-        return None, "written with matmul and softmax: this chain is recognised but not raised yet"
+        scores = core.anchor.args[0]
+        assert isinstance(scores, fx.Node)
+        reading = read_score_mask(flow.program, scores, core.product, flow.activations)
+        return reading.spec, reading.reason
     reading = read_mask(flow.program, core.mask, core.causal, flow.activations)
     return reading.spec, reading.reason
 
@@ -123,7 +126,7 @@ def _surroundings(flow: region.Flow, core: Core, index: int, key: fx.Node, value
     spec = replace(spec, rope=rope, hidden_dim=int(shape_of(hidden)[-1]) if hidden is not None else 0)
     return Site(
         index=index,
-        module=region.owner_name(names, node_scope(core.anchor) or core.anchor.name),
+        module=region.owner_name(names, node_scope(core.anchor)) or core.anchor.name,
         attention=spec,
         nodes=SiteNodes(
             core=core.output.name,

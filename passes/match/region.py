@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from dataclasses import dataclass
 
 import torch
@@ -194,7 +193,7 @@ def owner_name(names: tuple[str, ...], fallback: str) -> str:
     if not names:
         return fallback
     parts = [name.split(".")[:-1] for name in names]
-    shared = list(os.path.commonprefix(parts))
+    shared = [part for part, *others in zip(*parts, strict=False) if all(other == part for other in others)]
     if len(set(names)) == 1 or (shared and shared == parts[0] and all(part == shared for part in parts)):
         shared = shared[:-1] or shared
-    return ".".join(shared) or fallback
+    return ".".join(shared) or fallback or names[0].rpartition(".")[0]
