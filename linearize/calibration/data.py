@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import DataError
-from linearize.runtime.model import check_tokens
+from linearize.runtime.tokens import check_tokens
 
 
 def checked_batches(calibration: Iterable[Tensor], vocab_size: int | None, tokens: int) -> list[Tensor]:

@@ -6,7 +6,6 @@ import math
 import time
 
 import torch
-from torch import Tensor
 
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import DataError

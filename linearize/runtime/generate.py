@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import DataError
+from linearize.runtime.tokens import check_tokens
 
 if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
@@ -46,6 +47,7 @@ def generate(model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sam
     """int64 [B, T] -> int64 [B, T + n], n <= max_new_tokens (fewer when every row ended). No gradients."""
     if max_new_tokens < 0:
         raise DataError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    check_tokens(input_ids, model.vocab_size)
     rows = [input_ids.to(model.device)]
     for tokens in stream(model, input_ids, max_new_tokens, sampling):
         rows.append(tokens[:, None])

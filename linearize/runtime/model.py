@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from linearize.errors import DataError, StateError
 from linearize.plan import Plan
-from linearize.program import POSITIONS, TOKENS, Program, StateTensor
+from linearize.program import POSITIONS, Program, StateTensor
 from linearize.report import Report
 from linearize.runtime.generate import Sampling, generate
 from linearize.runtime.state import State
+from linearize.runtime.tokens import check_tokens
 
 
 @dataclass
@@ -69,8 +70,10 @@ class LinearizedModel(nn.Module):
 
         Raises:
             DataError: token ids that are not int [B, T] or not in the vocabulary, or a mask of another shape.
+            StateError: more tokens than the source has learned positions.
         """
         ids = self._checked(input_ids)
+        self._check_limit(ids.shape[1])
         state = State.empty(self.state_specs, ids.shape[0], self.device)
         positions = (
             torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if position_ids is None else position_ids
@@ -134,11 +137,12 @@ class LinearizedModel(nn.Module):
             raise StateError("the state belongs to another model; start from None")
         if state.batch != ids.shape[0]:
             raise StateError(f"the state has batch {state.batch}, the tokens {ids.shape[0]}; use State.select to match")
+        self._check_limit(state.tokens + ids.shape[1])
+
+    def _check_limit(self, tokens: int) -> None:
         limit = self.program.max_positions
-        if limit is not None and state.tokens + ids.shape[1] > limit:
-            raise StateError(
-                f"{state.tokens + ids.shape[1]} tokens pass the source's {limit} learned positions; start a new sequence"
-            )
+        if limit is not None and tokens > limit:
+            raise StateError(f"{tokens} tokens pass the source's {limit} learned positions; start a new sequence")
 
     def state_bytes(self, batch: int = 1, context: int = 0) -> int:
         """Bytes of the state for `batch` rows. `context` matters only where softmax layers were kept, whose cache
@@ -162,25 +166,3 @@ class LinearizedModel(nn.Module):
         from linearize.runtime.saving import save
 
         return save(self, directory)
-
-
-def check_tokens(input_ids: Any, vocab_size: int | None) -> None:
-    """int [B, T] with T >= 1, ids in the vocabulary.
-
-    Raises:
-        DataError: naming the first id that is out of range and where it stands.
-    """
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        what = (
-            f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        )
-        raise DataError(f"{TOKENS} must be an integer tensor [batch, length], not {what}")
-    if input_ids.numel() == 0:
-        raise DataError(f"{TOKENS} is empty: shape {list(input_ids.shape)}; at least one token is needed")
-    bad = (input_ids < 0) | (input_ids >= vocab_size) if vocab_size is not None else None
-    if bad is not None and bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise DataError(
-            f"token id {int(input_ids[row, column])} at row {row}, position {column} is outside the vocabulary "
-            f"0..{vocab_size - 1}; was another tokenizer used?"  # type: ignore[operator]
-        )
