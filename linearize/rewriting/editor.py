@@ -73,15 +73,26 @@ class InliningTracer(fx.Tracer):
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
         self.root, self.graph = root, graph
-        self.tensor_attrs = {tensor: name for name, tensor in [*root.named_parameters(), *root.named_buffers()]}
-        self._names = {id(tensor): name for tensor, name in self.tensor_attrs.items()}
+        self.tensor_attrs = {}
 
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor) and id(a) in self._names:
-            return self.create_node("get_attr", self._names[id(a)], (), {})
-        return super().create_arg(a)
-
-    def inline(self, submodule: nn.Module, args: list[fx.Node]) -> list[fx.Node]:
-        """Nodes of the tuple that `submodule(*args)` returns; call inside `graph.inserting_before(...)`."""
+    def inline(self, target: str, args: list[fx.Node]) -> list[fx.Node]:
+        """Nodes of the tuple that the submodule at `target` returns; call inside `graph.inserting_before(...)`."""
+        submodule = self.root.get_submodule(target)
         proxies = [fx.Proxy(node, self) for node in args]
-        return [proxy.node for proxy in submodule.forward(*proxies)]
+        with self._tensors_as_proxies(submodule, target):
+            return [proxy.node for proxy in submodule.forward(*proxies)]
+
+    @contextmanager
+    def _tensors_as_proxies(self, submodule: nn.Module, target: str) -> Iterator[None]:
+        """Parameters and buffers read as nodes, so that what is computed from them alone is in the graph too."""
+        hidden = []
+        for path, module in submodule.named_modules(prefix=target):
+            for name in (*module._parameters, *module._buffers):
+                node = self.create_node("get_attr", f"{path}.{name}", (), {})
+                module.__dict__[name] = fx.Proxy(node, self)  # found before Module.__getattr__ is asked
+                hidden.append((module, name))
+        try:
+            yield
+        finally:
+            for module, name in hidden:
+                del module.__dict__[name]

@@ -11,8 +11,7 @@ from torch import fx
 from linearize.kernels import registry
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program
-from linearize.rewriting.editor import InliningTracer
-from linearize.rewriting.walk import attribute
+from linearize.rewriting.editor import InliningTracer, remove_dead
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class InlineMixers:
         for node in list(graph.nodes):
             if node.op == "call_module":
                 _inline(tracer, node)
+        remove_dead(graph)
         for node in graph.nodes:
             stamp_kernel(node, program.device)
         graph.lint()
@@ -36,10 +36,9 @@ class InlineMixers:
 
 
 def _inline(tracer: InliningTracer, call: fx.Node) -> None:
-    mixer = attribute(tracer.root, str(call.target))
     before = set(tracer.graph.nodes)
     with tracer.graph.inserting_before(call):
-        outputs = tracer.inline(mixer, list(call.args))  # type: ignore[arg-type]
+        outputs = tracer.inline(str(call.target), list(call.args))  # type: ignore[arg-type]
     for node in tracer.graph.nodes:
         if node not in before:
             node.meta["rule"] = "inline_mixers"
