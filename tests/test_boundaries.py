@@ -23,7 +23,7 @@ FOLDER_OF_PACKAGE = {
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
-VOCABULARY = {"spec", "errors", "_callable"}
+VOCABULARY = {"spec", "errors", "files", "progress", "_callable"}
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
@@ -36,6 +36,8 @@ SERVICES = PASSES | {"capture", "calibration", "runtime", "export"}
 ALLOWED = {
     "spec": VOCABULARY,
     "errors": VOCABULARY,
+    "files": VOCABULARY,
+    "progress": VOCABULARY,
     "_callable": VOCABULARY,
     "ops": OPERATORS,
     "rewriting": GRAPHS,
@@ -49,13 +51,14 @@ ALLOWED = {
     "printing": MACHINERY,
     "kernels": OPERATORS | {"kernels"},
     "passes.lower": MACHINERY | LOWERING,
+    "passes.calibrate": SERVICES,  # fitting runs the teacher, so it stands above calibration and runtime
     "passes": PASSES,
     "capture": PASSES | {"capture"},  # it ends with the passes that normalise and match
     "export": OPERATORS | {"program", "runtime", "passes.lower", "export"},
     "calibration": SERVICES,
     "runtime": SERVICES,
-    "api": SERVICES | {"api"},
-    "cli": SERVICES | {"api", "cli", "root"},
+    "api": SERVICES | {"api", "passes.calibrate"},
+    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate"},
     "root": VOCABULARY,
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from linearize.capture import hf
-from linearize.capture.calling import Call, LogitsOnly, describe_call
+from linearize.capture.calling import Call, LogitsOnly, describe_call, find_logits
 from linearize.errors import CaptureError
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 
@@ -57,6 +57,7 @@ def capture_graph(model: nn.Module, example_inputs: Any = None) -> Program:
             source_config=hf.config_dict(model),
         )
         check_capture(program, wrapper, call)
+        program = program.replace(padding_moves_positions=_padding_moves_positions(program, model, call))
     return program.recorded("capture", started)
 
 
@@ -162,6 +163,20 @@ def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:
     _check_causal(program, list(call.inputs), tokens.device)
 
 
+def _padding_moves_positions(program: Program, model: nn.Module, call: Call) -> bool:
+    """Whether the source, given a mask but no positions, numbers them from 0 over the padding; found by value."""
+    if not {MASK, POSITIONS} <= set(call.inputs) or call.inputs[TOKENS].device.type == "meta":
+        return True
+    inputs = probe_inputs(list(call.inputs), 1, 11, program.vocab_size or 2, call.inputs[TOKENS].device)
+    inputs[MASK][:, :4] = 0
+    own = find_logits(model(**{name: inputs[name] for name in (TOKENS, MASK)}, **call.fixed))
+    counted = {**inputs, POSITIONS: (inputs[MASK].cumsum(1) - 1).clamp_min(0)}
+    moved, counted_apart = (
+        relative_difference(program.module(*given.values())[:, 4:], own[:, 4:]) for given in (inputs, counted)
+    )
+    return moved <= max(counted_apart, 1e-4)  # a rotary source cannot tell
+
+
 def _disagreement(program: Program, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> str:
     """How the graph's logits fail to be `expected` ('' where they are)."""
     try:
@@ -213,7 +228,7 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore mode, buffers and attributes of every module: some cache tensors in forward, and tracing leaves fakes."""
-    before = [
+    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         (module, dict(module.__dict__), dict(module._buffers), dict(module._parameters), dict(module._modules))
         for module in model.modules()
     ]

@@ -20,6 +20,8 @@ from linearize.spec import AttentionSpec
 class DelayLine(nn.Module):
     """Keys and values of the window and the sinks of one site. `window` >= 1 keys, `sinks` >= 0 tokens."""
 
+    sink_rank: Tensor
+
     def __init__(self, spec: AttentionSpec, window: int, sinks: int = 0) -> None:
         super().__init__()
         if window < 1 or sinks < 0:

@@ -1,6 +1,6 @@
 """Lizard (Nguyen et al. 2025): gated linear attention on un-rotated q, k, plus a window softmax with sink logits.
 
-Gamma_i = sigmoid(W_g x_i + b_g)                     W_g [D,G]: a scalar gate by token and kv head, from the hidden state
+Gamma_i = sigmoid(W_g x_i + b_g)                    W_g [D,G]: a scalar gate by token and kv head, from the hidden state
 phi(x) = [exp(x W) ; exp(-x W)]                      W_q [H,d,f], W_k [G,d,f], x un-rotated
 S_i = Gamma_i S_{i-1} + phi(k_i) v_i^T,  z_i = Gamma_i z_{i-1} + phi(k_i),  Yg_i = phi(q_i)^T S_i / phi(q_i)^T z_i
 Ya_i = sum_{j in W(i)} e^{s_ij} v_j / ( sum_j e^{t_j} + sum_{j in W(i)} e^{s_ij} )        m sink logits t_j by head

@@ -67,7 +67,7 @@ def _run(node: fx.Node, module: fx.GraphModule, values: dict[fx.Node, Any]) -> A
     if node.op == "get_attr":
         return attribute(module, str(node.target))
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: values[arg])
-    if "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "meta":
+    if str(kwargs.get("device")) == "meta":
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if node.op == "call_module":
         return attribute(module, str(node.target))(*args, **kwargs)

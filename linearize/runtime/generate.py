@@ -14,6 +14,7 @@ from linearize.runtime.tokens import check_tokens
 
 if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
+    from linearize.runtime.state import State
 
 PREFILL_PIECE = 2048
 
@@ -80,14 +81,15 @@ def stream(model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampl
 
 def prefill(
     model: LinearizedModel, input_ids: Tensor, attention_mask: Tensor | None = None, piece: int = PREFILL_PIECE
-) -> tuple[Tensor, object]:
+) -> tuple[Tensor, State]:
     """Feed a prompt int64 [B, T] in pieces; (logits [B, V] after its last token, state)."""
-    state, logits = None, None
+    state: State | None = None
+    logits: Tensor | None = None
     for start in range(0, input_ids.shape[1], piece):
         part = slice(start, start + piece)
         mask = attention_mask[:, part] if attention_mask is not None else None
         logits, state = model.step(input_ids[:, part], state, attention_mask=mask)
-    if logits is None:
+    if logits is None or state is None:
         raise DataError("the prompt is empty; at least one token is needed")
     return logits[:, -1], state
 

@@ -147,20 +147,21 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
-    if kind == "node":
-        return nodes[content]
-    if kind == "float":
-        return float(content)
     if kind == "tuple":
         return tuple(_decode(item, nodes) for item in content)
     if kind == "slice":
         return slice(*(_decode(item, nodes) for item in content))
+    return nodes[content] if kind == "node" else _decode_constant(kind, content)
+
+
+def _decode_constant(kind: str, content: str) -> Any:
+    if kind == "float":
+        return float(content)
     if kind == "device":
         return torch.device("cpu" if content == "meta" else content)
     if kind == "dtype":
         return _dtype(content)
-    if kind in ("layout", "memory_format"):
-        found = getattr(torch, content, None)
-        if isinstance(found, torch.layout | torch.memory_format):
-            return found
+    found = getattr(torch, content, None)
+    if kind in ("layout", "memory_format") and isinstance(found, torch.layout | torch.memory_format):
+        return found
     raise ArtifactError(f"graph.json has an argument of unknown kind {kind!r}")

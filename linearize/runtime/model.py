@@ -66,7 +66,7 @@ class LinearizedModel(nn.Module):
         Args:
             input_ids: int64 [B, T].
             attention_mask: int64 or bool [B, T], 0 at padding; None for none.
-            position_ids: int64 [B, T]; None for 0..T-1. Only for sources that take them.
+            position_ids: int64 [B, T]; None for what the source makes of None. Only for sources that take them.
 
         Raises:
             DataError: token ids that are not int [B, T] or not in the vocabulary, or a mask of another shape.
@@ -75,10 +75,8 @@ class LinearizedModel(nn.Module):
         ids = self._checked(input_ids)
         self._check_limit(ids.shape[1])
         state = State.empty(self.state_specs, ids.shape[0], self.device)
-        positions = (
-            torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if position_ids is None else position_ids
-        )
         mask = self._mask(ids, attention_mask, 0)
+        positions = self._default_positions(mask) if position_ids is None else position_ids
         logits, state = self._run(ids, mask, positions, state)
         return LinearizedOutput(logits, state)
 
@@ -112,6 +110,11 @@ class LinearizedModel(nn.Module):
         mask = self._mask(ids, attention_mask, state.tokens)
         positions = (state["seen"].unsqueeze(1) + mask.cumsum(1) - 1).clamp_min(0)
         return self._run(ids, mask, positions, state)
+
+    def _default_positions(self, mask: Tensor) -> Tensor:
+        if self.program.padding_moves_positions:
+            return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return (mask.cumsum(1) - 1).clamp_min(0)
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
         inputs = [ids, mask, positions] if self._takes_positions else [ids, mask]

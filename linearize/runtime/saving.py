@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -88,13 +87,13 @@ def save(model: LinearizedModel, directory: str | Path) -> Path:
 
 def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, each storage once; other names of the same tensor -> the name it is stored under)."""
-    first: dict[tuple[int, tuple[int, ...], int], str] = {}
+    first: dict[tuple[int, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     for name, tensor in _named_tensors(module):
         if tensor.device.type == "meta":
             raise ArtifactError(f"{name} has no values (meta device); load the weights before saving")
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        key = (tensor.data_ptr(), *tensor.shape)
         if tensor.numel() and key in first:
             shared[name] = first[key]
             continue

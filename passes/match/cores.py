@@ -163,7 +163,10 @@ def _untranspose(node: fx.Node) -> tuple[fx.Node, bool]:
     """The key before it was transposed for the product."""
     bare = walk_back(node, lambda step: is_op(step, *CASTS))
     rank = len(shape_of(bare))
-    if is_op(bare, aten.transpose) and {int(dim) % rank for dim in bare.args[1:3]} == {rank - 2, rank - 1}:
+    if is_op(bare, aten.transpose) and {dim % rank for dim in bare.args[1:3] if isinstance(dim, int)} == {
+        rank - 2,
+        rank - 1,
+    }:
         return bare.args[0], True  # type: ignore[return-value]
     if is_op(bare, aten.permute) and list(bare.args[1])[-2:] == [rank - 1, rank - 2]:  # type: ignore[arg-type]
         return bare, False

@@ -47,7 +47,7 @@ def read_score_mask(program: Program, scores: fx.Node, product: fx.Node, activat
     scores with the product set to 0, which leaves what is added or filled in."""
     length = probe_length(scores, stop=product)
     if length is None:
-        return MaskReading(None, f"the chain to {scores.name} has a constant above {MAX_PROBE}, longer than can be probed")
+        return MaskReading(None, f"the chain to {scores.name} has a constant above {MAX_PROBE}, too long to probe")
     zeros = torch.zeros(2, int(product.meta["val"].shape[1]), length, length, dtype=product.meta["val"].dtype)
     try:
         (value,) = evaluate(program.module, [scores], {**_padded_inputs(program, length), product: zeros})
@@ -74,7 +74,7 @@ def _rank4(value: torch.Tensor) -> torch.Tensor:
 
 
 def probe_length(mask: fx.Node, stop: fx.Node | None = None) -> int | None:
-    """Longer than twice every length-like constant behind the mask, so that windows and chunks show; None if too long."""
+    """Longer than every length-like constant behind the mask, so that windows and chunks show; None if too long."""
     constants = [
         abs(int(arg))
         for node in cone([mask], stop=[stop] if stop is not None else []) - {stop}

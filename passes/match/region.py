@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import fx
@@ -193,7 +194,7 @@ def owner_name(names: tuple[str, ...], fallback: str) -> str:
     if not names:
         return fallback
     parts = [name.split(".")[:-1] for name in names]
-    shared = [part for part, *others in zip(*parts, strict=False) if all(other == part for other in others)]
+    shared = [group[0] for group in takewhile(lambda group: len(set(group)) == 1, zip(*parts, strict=False))]
     if len(set(names)) == 1 or (shared and shared == parts[0] and all(part == shared for part in parts)):
         shared = shared[:-1] or shared
     return ".".join(shared) or fallback or names[0].rpartition(".")[0]

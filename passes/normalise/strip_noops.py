@@ -40,7 +40,7 @@ def _returns_its_input(node: fx.Node) -> bool:
         start, end, step = (*node.args[2:], None, None, None)[:3]
         return start in (None, 0) and end in (None, MAX_INDEX) and step in (None, 1)
     if is_op(node, aten.dropout, aten.native_dropout):
-        return is_op(node, aten.dropout) and (node.args[2] is False or node.args[1] == 0.0)
+        return is_op(node, aten.dropout) and (node.args[2] is False or bool(node.args[1] == 0.0))
     if is_op(node, aten._to_copy, aten.to, aten.clone):
         return _same_tensor(node)
     return False
