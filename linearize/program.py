@@ -34,7 +34,8 @@ class Program:
 
     The graph's placeholders are `input_ids` int64 [B, T], and where the source takes them `attention_mask`
     int64 [B, T] and `position_ids` int64 [B, T]; after `thread_state` also the state tensors. Parameters are the
-    source model's own, under the source's names.
+    source model's own, under the source's names. `padding_moves_positions`: whether the source, given a mask and no
+    positions, numbers them from 0 over the padding (most do) or counts a row's real tokens (OPT).
     """
 
     module: fx.GraphModule
@@ -47,6 +48,7 @@ class Program:
     notes: tuple[str, ...] = ()
     stateless_reason: str = ""
     max_positions: int | None = None
+    padding_moves_positions: bool = True
     source_config: dict[str, Any] | None = None
 
     @property

@@ -39,12 +39,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, blocks of one kind of attention, head; positions only if the attention makes them."""
+    """Token embedding, one block of a kind of attention, head; positions only if the attention makes them."""
 
     def __init__(self, attention, **options):
         super().__init__()
         self.tok = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block(attention(**options)) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList([Block(attention(**options))])
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
@@ -587,7 +587,6 @@ class SharedBlock(LearnedPositions):
 
     def __init__(self):
         super().__init__(FusedSDPA)
-        self.blocks = nn.ModuleList(self.blocks[:1])
 
     def forward(self, tokens):
         x = self.tok(tokens) + self.pos(torch.arange(tokens.shape[1], device=tokens.device))

@@ -176,6 +176,8 @@ def _extras(flow: region.Flow, spec: AttentionSpec, projections: list[fx.Node], 
         extras.append("fused-qkv")
     if _has_norm(flow, query):
         extras.append("qk-norm")
+    if spec.softcap:
+        extras.append(f"softcap({spec.softcap:g})")
     if spec.mask.padding:
         extras.append("padding")
     return tuple(extras)
