@@ -67,5 +67,7 @@ def check_new_directory(directory: str | Path) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise ArtifactError(f"cannot write {target}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK):
-        raise ArtifactError(f"cannot write {target}: no permission in {parent}")
+    try:  # not os.access: it says yes to root where nobody can write
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error} in {parent}") from error

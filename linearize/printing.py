@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -23,16 +23,24 @@ EMPTY = Text("")
 SCOPE = re.compile(r"^\s*# (?P<scope>\S+)$")
 
 
-def table(*columns: str, title: str | None = None, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+class PlainTable(Table):
+    """A table whose cells are text as it is: shapes and errors are full of brackets that rich would read as markup."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*[Text(cell) if isinstance(cell, str) else cell for cell in cells], **options)
+
+
+def table(*columns: str, title: str = "", right: Sequence[str] = (), whole: Sequence[str] = ()) -> PlainTable:
     """A table without frames. Columns named in `right` hold numbers; those and the ones in `whole` are not folded."""
-    headed = any(columns)
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=headed)
+    made = PlainTable(
+        title=Text(title) if title else None, title_justify="left", title_style="bold", min_width=len(title) or None,
+        box=None, pad_edge=False, show_header=any(columns), header_style="dim",
+    )  # fmt: skip
     for column in columns:
         number = column in right
         made.add_column(
-            column, header_style="dim", justify="right" if number else "left", no_wrap=number or column in whole,
-            overflow="fold",
-        )  # fmt: skip
+            column, justify="right" if number else "left", no_wrap=number or column in whole, overflow="fold"
+        )
     return made
 
 
@@ -184,7 +192,7 @@ def plan_table(plan: Plan) -> Table:
     """What every site becomes, and why."""
     made = table("site", "module", "mixer", "why", right=("site",))
     for entry in plan.entries:
-        made.add_row(str(entry.site), entry.module, escape(entry.label()), entry.reason)
+        made.add_row(str(entry.site), entry.module, entry.label(), entry.reason)
     return made
 
 

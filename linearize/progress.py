@@ -16,10 +16,11 @@ class Progress:
     """`track` wraps a sequence; nested calls of one description show the innermost. `note` shows a figure beside it."""
 
     def __init__(self, enabled: bool) -> None:
+        console = Console(stderr=True)
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True), transient=True, disable=not enabled,
+            console=console, transient=True, disable=not (enabled and console.is_terminal),
         )  # fmt: skip
         self._depth = 0
         self._task: TaskID | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SKIP_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "enco
 SKIP_PREFIXES = ("_sysconfigdata", "config-")
 SPECIAL_TOKENS = 3  # ids below are BOS, EOS, PAD; recall symbols are drawn from those above
 FARTHEST = 400
+PAIRS = ((80, 8), (144, 12), (288, 20), (448, 32))  # (length of the row, key-value pairs in it)
 
 
 def held_out_documents(root: Path | None = None) -> list[str]:
@@ -65,18 +67,16 @@ def text_rows(tokenizer: Any, documents: Sequence[str], rows: int, length: int) 
 def recall_batches(vocab_size: int, window: int, rows: int, seed: int) -> list[RecallBatch]:
     """Repeated segments and key-value pairs whose answers stand `window` + 1 to 400 tokens back, context 512 or less.
 
-    Key-value pairs that are asked for after random filler come in three lengths, so that all distances occur.
+    Segments touch, one batch for each range of `recall_edges`, or have random symbols between their copies; key-value
+    pairs are asked for once after random filler, in four lengths. So every distance occurs.
     """
     generator = torch.Generator().manual_seed(seed)
     common: dict[str, Any] = {"token_range": (SPECIAL_TOKENS, vocab_size), "generator": generator}
-    near = window + 1
-    return [
-        repeated_segments(rows, 512, segment=(near, 200), **common),
-        repeated_segments(rows, 512, segment=(16, 64), gap=(near, FARTHEST - 64), **common),
-        key_value_pairs(rows, 160, n_pairs=12, **common),
-        key_value_pairs(rows, 288, n_pairs=20, **common),
-        key_value_pairs(rows, 448, n_pairs=32, **common),
-    ]
+    ranges = [(low, min(high - 1, 255)) for low, high in pairwise(recall_edges(window))]
+    touching = [repeated_segments(rows, 512, segment=bounds, **common) for bounds in ranges]
+    apart = repeated_segments(rows, 512, segment=(16, 64), gap=(window, FARTHEST - 64), **common)
+    pairs = [key_value_pairs(rows, length, n_pairs=count, **common) for length, count in PAIRS]
+    return [*touching, apart, *pairs]
 
 
 def recall_edges(window: int) -> list[int]:

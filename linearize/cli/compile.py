@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def compile_model(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to write; it must not exist yet.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Directory to write; it must not exist yet.", show_default=False
+        ),
     ],
     recipe: Annotated[
         str,
@@ -39,8 +42,7 @@ def compile_model(
 ) -> None:
     """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.
 
-    The directory holds weights, graph, plan, report and the tokenizer. It appears complete or not at all, and is read
-    by [b]linearize generate[/b], [b]linearize export[/b] and linearize.load().
+    DIR holds weights, graph, plan, report and the tokenizer. It appears complete or not at all.
     """
     from linearize.files import check_new_directory
 

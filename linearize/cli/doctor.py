@@ -7,10 +7,12 @@ import os
 import platform
 
 import typer
+from rich.text import Text
 
 from linearize.cli._shell import out
 
-GOOD, BAD, NONE = "[green]ok[/green]", "[red]wrong[/red]", "[dim]-[/dim]"
+GOOD, BAD, NONE = "ok", "wrong", "-"
+STYLES = {GOOD: "green", BAD: "red", NONE: "dim", "available": "green"}
 
 
 def doctor() -> None:
@@ -31,7 +33,7 @@ def show(title: str, headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
     made = table(*headers, title=title)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*[Text(cell, style=STYLES.get(cell, "")) for cell in row])
     out().print(made, "")
 
 
@@ -68,7 +70,7 @@ def machine_rows() -> list[tuple[str, ...]]:
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         ("processor", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
         ("GPU", ", ".join(devices) or "none that torch can use"),
-        ("demo model", str(demo.parent) if demo.is_file() else f"[red]missing: {demo}[/red]"),
+        ("demo model", str(demo.parent) if demo.is_file() else f"missing: {demo}"),
     ]
 
 
@@ -81,7 +83,7 @@ def kernel_rows() -> list[tuple[str, ...]]:
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
-        (op, device, name, "[green]available[/green]" if state == "available" else f"[yellow]{state}[/yellow]")
+        (op, device, name, state)
         for op in OPERATORS
         for device in devices
         for name, state in registry.explain(op, device)

@@ -14,14 +14,18 @@ from linearize.cli._shell import out, say
 def export_model(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What linearize compile wrote.", show_default=False)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to write; it must not exist yet.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Directory to write; it must not exist yet.", show_default=False
+        ),
     ],
     form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx.")] = "onnx",
 ) -> None:
     """Write a compiled model in another format, and check the file against PyTorch.
 
-    One graph serves prompts and single steps: tokens and a state in, logits and the new state out. manifest.json says
-    what each input is and where it starts.
+    One graph serves prompts and single steps: tokens and a state in, logits and the new state out.
+
+    It runs in onnxruntime without PyTorch; linearize.json beside it says what each input and output is.
     """
     from linearize.files import check_new_directory
 

@@ -19,7 +19,9 @@ REPLACEMENT = "�"
 
 def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What linearize compile wrote.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.", show_default=False)
+    ],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many.")] = 100,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature. [dim]Without it, or at 0: greedy.[/dim]")

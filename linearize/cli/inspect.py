@@ -23,7 +23,7 @@ SOME_REFUSED = 2
 
 
 def inspect_model(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Also show what this recipe plans for every attention.")
     ] = None,
@@ -40,8 +40,9 @@ def inspect_model(
 ) -> None:
     """Show every attention of a model: matched, or refused and why.
 
-    The model is captured and read; nothing is changed or written. Exit code 0 when every attention was matched,
-    2 when some were refused, 1 on an error.
+    The model is captured and read; nothing in it is changed.
+
+    Exit code 0 when every attention was matched, 2 when some were refused, 1 on an error.
     """
     from linearize.capture import capture
     from linearize.recipe import Recipe
