@@ -76,9 +76,11 @@ class Plan(BaseModel):
             RecipeError: the file is not there, is no JSON, or has a wrong or unknown field (which is named).
         """
         try:
-            return Plan.model_validate(json.loads(Path(path).read_text()))
+            return Plan.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise RecipeError(f"cannot read the plan {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})") from error
         except json.JSONDecodeError as error:
             raise RecipeError(f"{path} line {error.lineno}: not JSON: {error.msg}") from error
         except ValidationError as error:

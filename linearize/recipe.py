@@ -146,8 +146,13 @@ def _read(name: str) -> Recipe:
         raise RecipeError(f"{name} is not TOML: {error}") from error
     except ValidationError as error:
         raise RecipeError(f"recipe {name}: {first_problem(error)}") from error
-    for rule in recipe.rules:
-        mixer_class(rule.mixer)
+    for index, rule in enumerate(recipe.rules):
+        unknown = sorted(set(rule.options) - _parameters(rule.mixer))
+        if unknown:
+            raise RecipeError(
+                f"recipe {name}: rules.{index}.options: {rule.mixer} has no option {unknown[0]!r}; "
+                f"it takes {sorted(_parameters(rule.mixer)) or 'none'}"
+            )
     return recipe
 
 

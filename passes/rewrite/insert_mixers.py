@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from linearize.mixers import Mixer, build_mixer
+from linearize.errors import RecipeError
+from linearize.mixers import Mixer, build_mixer, mixer_class
 from linearize.passes.rewrite.positions import offset_positions
 from linearize.pipeline import Keeps, Stage
 from linearize.plan import Plan
@@ -28,7 +29,11 @@ OFFSET = StateTensor("offset", (), torch.int64, batched=False)
 
 @dataclass(frozen=True)
 class InsertMixers:
-    """Lossy: what each mixer equals before it is fitted is its own `starts_as`."""
+    """Lossy: what each mixer equals before it is fitted is its own `starts_as`.
+
+    Raises:
+        RecipeError: the plan names a mixer that cannot replace its site, or options that the mixer does not take.
+    """
 
     plan: Plan
 
@@ -46,6 +51,9 @@ class InsertMixers:
         nodes = {node.name: node for node in module.graph.nodes}
         for site in program.matched:
             entry = self.plan.entry(site.index)
+            refusal = mixer_class(entry.mixer).refusal(site)
+            if refusal is not None:
+                raise RecipeError(f"site {site.index} ({site.module}): {refusal}; plan keep there")
             mixer = build_mixer(entry.mixer, site.attention, entry.options).to(program.device)
             mixers[str(site.index)] = mixer
             new_state += _insert(editor, site, mixer, nodes, clock)
