@@ -13,11 +13,13 @@ from linearize.errors import DataError
 from linearize.runtime.tokens import check_tokens
 
 
-def checked_batches(calibration: Iterable[Tensor], vocab_size: int | None, tokens: int) -> list[Tensor]:
+def checked_batches(
+    calibration: Iterable[Tensor], vocab_size: int | None, tokens: int, longest: int | None = None
+) -> list[Tensor]:
     """int64 batches [B, T] from the user's iterable, until `tokens` tokens are there.
 
     Raises:
-        DataError: no batch, one that is no int [B, T] with T >= 2, or ids outside the vocabulary.
+        DataError: no batch, one that is no int [B, T] with 2 <= T <= longest, or ids outside the vocabulary.
     """
     batches: list[Tensor] = []
     have = 0
@@ -27,6 +29,11 @@ def checked_batches(calibration: Iterable[Tensor], vocab_size: int | None, token
         check_tokens(batch, vocab_size)
         if batch.shape[1] < 2:
             raise DataError(f"calibration batch {len(batches)} has sequences of one token; nothing attends to anything")
+        if longest is not None and batch.shape[1] > longest:
+            raise DataError(
+                f"calibration batch {len(batches)} has sequences of {batch.shape[1]} tokens, more than the source's "
+                f"{longest} learned positions; cut them"
+            )
         batches.append(batch.to(torch.int64))
         have += batch.numel()
     if not batches:
@@ -62,14 +69,26 @@ def read_text(path: str | Path, tokenizer: Any, length: int, tokens: int) -> lis
 
 
 def held_out_split(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(to fit on, held out): every eighth batch, the last at least, is never fitted on. A single batch is split by
-    rows, and one single row by length, so that the two never share a token."""
+    """(to fit on, held out): every eighth batch, the last at least, is never fitted on, nor is a row equal to one of
+    its rows. A single batch is split by rows, and one single row by length, so that the two never share a token."""
     if len(batches) == 1:
         only = batches[0]
         dim = 0 if only.shape[0] > 1 else 1
         cut = max(1, only.shape[dim] * 7 // 8)
         first, second = only.split([cut, only.shape[dim] - cut], dim=dim)
         return ([first], [second]) if second.numel() else ([only], [only])
-    held = [batch for index, batch in enumerate(batches) if index % 8 == 7] or batches[-1:]
-    chosen = {id(batch) for batch in held}
-    return [batch for batch in batches if id(batch) not in chosen], held
+    chosen = set(range(7, len(batches), 8)) or {len(batches) - 1}
+    held = [batch for index, batch in enumerate(batches) if index in chosen]
+    measured = {_key(row) for batch in held for row in batch}
+    train = [_without(batch, measured) for index, batch in enumerate(batches) if index not in chosen]
+    train = [batch for batch in train if batch.numel()]
+    return (train, held) if train else held_out_split(batches[:1])
+
+
+def _without(batch: Tensor, rows: set[bytes]) -> Tensor:
+    kept = [index for index, row in enumerate(batch) if _key(row) not in rows]
+    return batch if len(kept) == len(batch) else batch[kept]
+
+
+def _key(row: Tensor) -> bytes:
+    return row.cpu().numpy().tobytes()

@@ -32,11 +32,11 @@ def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progre
     vocabulary = teacher.vocab_size
     if vocabulary is None:
         raise DataError("the model embeds no token ids in a way that tells its vocabulary; pass calibration data")
-    length = min(length, _limit(teacher) or length)
+    model = _with_cache(teacher)
+    length = min(length, _limit(teacher) or length, model.program.max_positions or length)
     rows = max(8, -(-tokens // length))
     generator = torch.Generator(device=teacher.device).manual_seed(seed)
     start = _first_tokens(teacher, rows, vocabulary, generator)
-    model = _with_cache(teacher)
     batches = []
     with torch.no_grad():
         for part in progress.track(start.split(ROWS_AT_ONCE), "sampling the teacher"):

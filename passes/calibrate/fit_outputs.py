@@ -47,16 +47,16 @@ class CalibrateOutputs:
         if budget <= 0:
             return program
         progress = Progress(self.progress)
-        train, held = held_out_split(self._batches(budget, progress))
+        train, held = held_out_split(self._batches(budget, program.max_positions, progress))
         self.report.tokens_fitted = sum(batch.numel() for batch in train) * self.fit.passes
         self.report.tokens_held_out = sum(batch.numel() for batch in held)
         self._fit_all(train, held, mixers, progress)
         return program
 
-    def _batches(self, budget: int, progress: Progress) -> list[Tensor]:
+    def _batches(self, budget: int, longest: int | None, progress: Progress) -> list[Tensor]:
         if self.calibration is not None:
             self.report.data = "given token ids"
-            batches = checked_batches(self.calibration, self.teacher.vocab_size, budget)
+            batches = checked_batches(self.calibration, self.teacher.vocab_size, budget, longest)
         else:
             self.report.data = "the teacher's own samples"
             batches = sample_teacher(self.teacher, budget, self.fit.length, self.seed, progress)
