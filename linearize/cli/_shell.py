@@ -54,12 +54,24 @@ def complain(text: str) -> None:
 class Shell(TyperGroup):
     """Takes `--debug` before or after the command, and tells every error in one line instead of a traceback."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         arguments, debug = take_debug(sys.argv[1:] if args is None else args)
+
+        def run() -> Any:
+            return super(Shell, self).main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
+
         if not standalone_mode:
-            return super().main(arguments, *rest, standalone_mode=False, **extra)
+            return run()
         with quiet_libraries(debug):
-            code = exit_code(lambda: super(Shell, self).main(arguments, *rest, standalone_mode=False, **extra), debug)
+            code = exit_code(run, debug)
         sys.exit(code)
 
 

@@ -7,12 +7,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linearize.cli._demo_figures import Figures, markdown_page, model_figure, site_figure, speed_figure
 from linearize.cli._shell import out
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
     from linearize.calibration.recall import RecallBatch
     from linearize.program import Program
+    from linearize.recipe import Recipe
     from linearize.runtime.model import LinearizedModel
 
-SEED = 0
+RECIPE = "lolcats{window=32}"
+NO_WINDOW = 32  # of the baseline and of recall, for a recipe that has no window
 LENGTH = 512
 PROMPT = """class Point:
     def __init__(self, x, y):
@@ -41,7 +44,6 @@ class Circle:
 class Sizes:
     """How much the demo does."""
 
-    window: int
     tokens: int
     text_rows: int
     recall_rows: int
@@ -51,25 +53,8 @@ class Sizes:
     new_tokens: int
 
 
-FULL = Sizes(32, 65_536, 16, 8, 8, (512, 4096, 16_384), 24, 48)
-QUICK = Sizes(32, 1024, 2, 1, 2, (512,), 3, 8)
-
-
-@dataclass
-class Figures:
-    """Everything the demo measured; `--json` writes it."""
-
-    versions: dict[str, str]
-    threads: int
-    quick: bool
-    window: int
-    recipe: str
-    tokens_fitted: int = 0
-    sites: list[dict[str, Any]] = field(default_factory=list)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    speed: list[dict[str, Any]] = field(default_factory=list)
-    onnx: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+FULL = Sizes(65_536, 16, 8, 8, (512, 4096, 16_384), 24, 48)
+QUICK = Sizes(1024, 2, 1, 2, (512,), 3, 8)
 
 
 @dataclass
@@ -86,8 +71,14 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the results: DIR/compiled and DIR/onnx.")
     ] = None,
-    figures_file: Annotated[
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Another recipe, with its window.")] = RECIPE,
+    tokens: Annotated[int | None, typer.Option(min=0, help="Tokens to fit on instead of 65,536.")] = None,
+    seed: Annotated[int, typer.Option(help="Of samples, of the fit, and of the recall sequences.")] = 0,
+    json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure to this file.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a page like docs/figures.md.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The same steps with small numbers.")] = False,
 ) -> None:
@@ -97,30 +88,44 @@ def demo(
 
     Compares errors, perplexity, recall beyond the window, speed and memory. About two minutes on two cores.
     """
-    from linearize.files import check_new_directory
+    from linearize.files import check_new_directory, write_atomically
+    from linearize.recipe import Recipe
 
+    policy = Recipe.load(recipe)
     if output is not None:
         check_new_directory(output)
+    sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="linearize-demo-") as scratch:
-        Demo(QUICK if quick else FULL, quick, output or Path(scratch, "out"), figures_file).run()
+        job = Demo(sizes, policy, sizes.tokens if tokens is None else tokens, seed, output or Path(scratch, "out"))
+        job.figures.quick = quick
+        job.run()
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(asdict(job.figures), indent=1).encode())
+    if markdown_file is not None:
+        write_atomically(markdown_file, markdown_page(job.figures).encode())
     if output is not None:
-        out().print(f"wrote {output / 'compiled'} and {output / 'onnx'}", soft_wrap=True)
+        job.tell(f"wrote {output / 'compiled'} and {output / 'onnx'}")
 
 
 class Demo:
     """The steps in order; each prints what it found and adds it to the figures."""
 
-    def __init__(self, sizes: Sizes, quick: bool, folder: Path, figures_file: Path | None) -> None:
+    def __init__(self, sizes: Sizes, recipe: Recipe, tokens: int, seed: int, folder: Path) -> None:
         import torch
 
         import linearize
         from linearize.capture import hf
 
-        self.sizes, self.folder, self.figures_file = sizes, folder, figures_file
+        self.sizes, self.recipe, self.tokens, self.seed, self.folder = sizes, recipe, tokens, seed, folder
         self.console: Console = out()
-        self.recipe = f"lolcats{{window={sizes.window}}}"
-        versions = {"linearize": linearize.__version__, "torch": torch.__version__}
-        self.figures = Figures(versions, torch.get_num_threads(), quick, sizes.window, self.recipe)
+        self.window = int(recipe.rules[-1].options.get("window", NO_WINDOW))
+        self.figures = Figures(
+            versions={"linearize": linearize.__version__, "torch": torch.__version__},
+            threads=torch.get_num_threads(),
+            window=self.window,
+            recipe=recipe_text(recipe),
+            baseline=f"window{{window={self.window}}}",
+        )
         self.source = hf.load_model(str(linearize.demo_model_dir()))
         self.tokenizer: Any = hf.load_tokenizer(linearize.demo_model_dir())
 
@@ -140,10 +145,6 @@ class Demo:
             self.generate(compiled)
         self.figures.seconds["total"] = round(time.perf_counter() - started, 1)
         self.tell(f"\n{self.figures.seconds['total']:.0f} s in all", "dim")
-        if self.figures_file is not None:
-            from linearize.files import write_atomically
-
-            write_atomically(self.figures_file, json.dumps(asdict(self.figures), indent=1).encode())
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -174,10 +175,10 @@ class Demo:
         from linearize.pipeline import run_pipeline
 
         teacher = run_pipeline(captured, [RaiseAttention()])
-        compiled = linearize.compile(self.source, self.recipe, tokens=self.sizes.tokens, seed=SEED)
+        compiled = linearize.compile(self.source, self.recipe, tokens=self.tokens, seed=self.seed)
         report = compiled.report
         self.figures.tokens_fitted = report.tokens_fitted
-        self.tell(f"recipe {self.recipe}, fitted on {report.tokens_fitted:,} tokens of {report.data}")
+        self.tell(f"recipe {self.figures.recipe}, fitted on {report.tokens_fitted:,} tokens of {report.data}")
         self.tell("attention of layer 0 rewritten: a mixer, its state in and out", "dim")
         self.show_attention(compiled.source.history[-1].text, captured)
         kernels = sorted(set(compiled.report.kernels.values()))
@@ -199,9 +200,11 @@ class Demo:
 
     def measure(self, teacher: Program, compiled: LinearizedModel) -> None:
         from linearize.calibration.evaluate import logits_of, mixers_at_start, mixers_of, site_errors
+        from linearize.recipe import Recipe
 
         data = self.data(compiled.vocab_size or 0)
-        start, window = self.unfitted(teacher, self.recipe), self.unfitted(teacher, self.window_recipe())
+        start = self.unfitted(teacher, self.recipe)
+        window = self.unfitted(teacher, Recipe.load(self.figures.baseline))
         columns = {
             "window_only": site_errors(teacher, mixers_of(window.source), data.sites),
             "start": site_errors(teacher, mixers_at_start(teacher, compiled.plan), data.sites),
@@ -210,37 +213,33 @@ class Demo:
         for entry in compiled.plan.entries:
             errors = {name: column[entry.site] for name, column in columns.items()}
             self.figures.sites.append({"site": entry.site, "module": entry.module, "mixer": entry.label(), **errors})
-        self.console.print(sites_figures(self.figures.sites))
+        self.console.print(site_figure(self.figures).drawn())
         source = logits_of(self.source)
         for name, model in (("source", None), ("window only", window), ("at start", start), ("fitted", compiled)):
             logits = source if model is None else logits_of(model)
             self.figures.models[name] = model_figures(logits, source, data)
         self.console.print("")
-        self.console.print(models_figures(self.figures.models, self.sizes.window))
+        self.console.print(model_figure(self.figures).drawn())
 
-    def window_recipe(self) -> str:
-        return f"window{{window={self.sizes.window}}}"
-
-    def unfitted(self, teacher: Program, recipe: str) -> LinearizedModel:
+    def unfitted(self, teacher: Program, recipe: Recipe) -> LinearizedModel:
         """The source rewritten by a recipe, its mixers at their start."""
         from linearize.api import finish, start_report
         from linearize.passes.rewrite import InsertMixers
         from linearize.pipeline import run_pipeline
-        from linearize.recipe import Recipe
 
-        plan = Recipe.load(recipe).plan(teacher.matched)
+        plan = recipe.plan(teacher.matched)
         program = run_pipeline(teacher, [InsertMixers(plan)])
-        return finish(program, plan, start_report(program, plan, SEED), {})
+        return finish(program, plan, start_report(program, plan, self.seed), {})
 
     def data(self, vocab_size: int) -> Data:
         from linearize.calibration import demo
 
         sizes = self.sizes
         text = demo.text_rows(self.tokenizer, demo.held_out_documents(), sizes.text_rows, LENGTH)
-        recall = demo.recall_batches(vocab_size, sizes.window, sizes.recall_rows, seed=SEED + 1)
+        recall = demo.recall_batches(vocab_size, self.window, sizes.recall_rows, seed=self.seed + 1)
         half = sizes.site_rows // 2
         rows = [text[:half], recall[1].input_ids[: sizes.site_rows - half]]
-        return Data(list(text.split(4)), recall, demo.recall_edges(sizes.window), rows)
+        return Data(list(text.split(4)), recall, demo.recall_edges(self.window), rows)
 
     # ---- 4: what was gained ------------------------------------------------------------------------------------------
 
@@ -250,7 +249,7 @@ class Demo:
         for context in self.sizes.contexts:
             source, fitted = decode_speeds(self.source, compiled, context, self.sizes.steps)
             self.figures.speed.append({"context": context, "source": asdict(source), "compiled": asdict(fitted)})
-        self.console.print(speed_figures(self.figures.speed))
+        self.console.print(speed_figure(self.figures).drawn())
 
     # ---- 5, 6: what remains ------------------------------------------------------------------------------------------
 
@@ -290,6 +289,12 @@ class Demo:
         self.tell(f"ONNX in onnxruntime: {'the same tokens' if same else 'OTHER TOKENS'} as compiled", "dim")
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """`lolcats{window=32}`"""
+    options = ",".join(f"{key}={value}" for key, value in recipe.rules[-1].options.items())
+    return f"{recipe.name}{{{options}}}" if options else recipe.name
+
+
 def model_figures(logits: Any, source: Any, data: Data) -> dict[str, Any]:
     """Perplexity on text, agreement with the source, recall by distance of one model."""
     from linearize.calibration import evaluate
@@ -317,47 +322,3 @@ def largest_difference(compiled: LinearizedModel, onnx: Any, ids: Tensor, steps:
             worst = max(worst, (logits - torch.as_tensor(onnx_logits)).abs().max().item())
             tokens = logits[:, -1:].argmax(-1)
     return worst
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def sites_figures(sites: list[dict[str, Any]]) -> Any:
-    from linearize.printing import figure, table
-
-    names = ("window_only", "start", "fitted")
-    headers = ("window", "start", "fitted")
-    title = "relative MSE of each attention's output, held-out text and recall"
-    made = table("site", "module", "mixer", *headers, title=title, right=("site", *headers))
-    for site in sites:
-        made.add_row(str(site["site"]), site["module"], site["mixer"], *(figure(site[name]) for name in names))
-    means = [sum(site[name] for site in sites) / len(sites) for name in names]
-    made.add_row("", "mean", "", *(figure(mean) for mean in means), style="bold")
-    return made
-
-
-def models_figures(models: dict[str, dict[str, Any]], window: int) -> Any:
-    from linearize.printing import table
-
-    first = next(iter(models.values()))
-    ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
-    headers = ("perplexity", "KL", "top-1", "recall", *ranges)
-    title = f"the whole model; recall from beyond {window} tokens, by distance"
-    made = table("model", *headers, title=title, right=headers)
-    for name, row in models.items():
-        recall = [f"{part['accuracy']:.1%}" for part in row["recall_by_distance"]]
-        figures = (f"{row['perplexity']:.2f}", f"{row['kl']:.3f}", f"{row['top1']:.1%}", f"{row['recall']:.1%}")
-        made.add_row(name, *figures, *recall)
-    return made
-
-
-def speed_figures(speed: list[dict[str, Any]]) -> Any:
-    from linearize.printing import bytes_text, table
-
-    headers = ("context", "source tokens/s", "compiled tokens/s", "source cache", "compiled state")
-    made = table(*headers, title="decoding, one sequence; the source with its key-value cache", right=headers)
-    for row in speed:
-        rates = [f"{row[name]['tokens_per_second']:.0f}" for name in ("source", "compiled")]
-        sizes = [bytes_text(row[name]["state_bytes"]) for name in ("source", "compiled")]
-        made.add_row(f"{row['context']:,}", *rates, *sizes)
-    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,17 @@ from linearize.cli._shell import out
 from linearize.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
-    from linearize.runtime.model import LinearizedModel
+    from torch import Tensor
+
+    Stream = Callable[[Tensor, int], Iterator[Any]]
 
 REPLACEMENT = "�"
 
 
 def generate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What linearize compile wrote.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What linearize compile or export wrote.", show_default=False)
+    ],
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.", show_default=False)
     ],
@@ -35,26 +40,45 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise DataError("the prompt is empty; give some text to continue")
-    import linearize
-    from linearize.runtime.generate import Sampling
-
-    compiled = linearize.load(directory)
+    sampled = (temperature is not None or top_k > 0 or top_p < 1.0) and temperature != 0.0
+    choice = {"temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed} if sampled else {}
+    model = load(directory, choice)
     tokenizer = load_tokenizer(directory)
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if input_ids.numel() == 0:
         raise DataError(f"the tokenizer makes no tokens of the prompt {text!r}")
-    sampled = temperature is not None or top_k > 0 or top_p < 1.0
-    sampling = Sampling(
-        do_sample=sampled and temperature != 0.0,
-        temperature=temperature or 1.0,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=end_token(compiled, tokenizer),
-    )
     if echo:
         out().print(text, style="dim", end="", markup=False, soft_wrap=True)
-    stream_text(compiled, tokenizer, input_ids, max_new_tokens, sampling)
+    stream_text(model(input_ids, max_new_tokens), tokenizer, input_ids[0].tolist())
+
+
+def load(directory: Path, choice: dict[str, Any]) -> Stream:
+    """The compiled or exported model in `directory` as a function from a prompt to its next tokens.
+
+    Raises:
+        ArtifactError: there is none. DataError: an exported one is to be sampled from.
+    """
+    if is_exported(directory):
+        return load_exported(directory, choice)
+    import linearize
+    from linearize.runtime.generate import Sampling, stream
+
+    compiled = linearize.load(directory)
+    sampling = Sampling(do_sample=bool(choice), **choice)
+    return lambda input_ids, count: stream(compiled, input_ids, count, sampling)
+
+
+def is_exported(directory: Path) -> bool:
+    return (directory / "model.onnx").is_file()
+
+
+def load_exported(directory: Path, choice: dict[str, Any]) -> Stream:
+    if choice:
+        raise DataError(f"{directory} is an ONNX export, which generates greedily here; sample from the compiled model")
+    from linearize.export.runner import OnnxModel
+
+    exported = OnnxModel(directory)
+    return lambda input_ids, count: exported.stream(input_ids.numpy(), count)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -68,23 +92,13 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def end_token(compiled: LinearizedModel, tokenizer: Any) -> int | None:
-    """The id that ends a text: the tokenizer's, else the first that the source's config names."""
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
-    ends = (compiled.config or {}).get("eos_token_id")
-    first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if isinstance(first, int) else None
-
-
-def stream_text(compiled: LinearizedModel, tokenizer: Any, input_ids: Any, max_new_tokens: int, sampling: Any) -> None:
-    """Write the continuation to stdout as soon as whole characters are known."""
-    from linearize.runtime.generate import stream
-
-    prompt = input_ids[0].tolist()
+def stream_text(new: Iterator[Any], tokenizer: Any, prompt: list[int]) -> None:
+    """Write the continuation to stdout as soon as whole characters are known, up to the token that ends a text."""
     tokens, shown = list(prompt), tokenizer.decode(prompt, skip_special_tokens=True)
-    for token in stream(compiled, input_ids, max_new_tokens, sampling):
+    for token in new:
         tokens.append(int(token[0]))
+        if tokens[-1] == tokenizer.eos_token_id:
+            break
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith(REPLACEMENT):  # a character may take several tokens
             sys.stdout.write(text[len(shown) :])

@@ -18,6 +18,10 @@ def test_it_writes_onnx_that_agrees_with_pytorch(run: Run, compiled_dir: Path, t
     ids = torch.arange(20).unsqueeze(0)
     logits, _ = OnnxModel(tmp_path / "onnx").step(ids.numpy())
     torch.testing.assert_close(torch.as_tensor(logits), linearize.load(compiled_dir)(ids).logits, atol=1e-4, rtol=0)
+    generated = run("generate", tmp_path / "onnx", "hello", "-n", 12)
+    assert generated.exit_code == 0, generated.stderr
+    assert generated.stdout == run("generate", compiled_dir, "hello", "-n", 12).stdout
+    assert_one_error(run("generate", tmp_path / "onnx", "hello", "--temperature", 1), "greedily")
 
 
 def test_an_existing_output_is_one_error_before_the_model_is_read(run: Run, tmp_path: Path) -> None:

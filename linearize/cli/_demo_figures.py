@@ -1,0 +1,157 @@
+"""What the demo measured, and its tables: the same rows for the terminal, for a page in docs/, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = tuple[str, ...]
+
+
+@dataclass
+class Figures:
+    """Everything the demo measured; `--json` writes it."""
+
+    versions: dict[str, str]
+    threads: int
+    window: int
+    recipe: str
+    baseline: str
+    quick: bool = False
+    tokens_fitted: int = 0
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    onnx: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A table: its title, column headers, rows of text; the columns named in `words` hold no numbers."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Row]
+    words: Sequence[str] = ()
+
+    def drawn(self) -> Table:
+        from linearize.printing import table
+
+        numbers = [header for header in self.headers if header not in self.words]
+        made = table(*self.headers, title=self.title, right=numbers)
+        for row in self.rows:
+            made.add_row(*row)
+        return made
+
+    def markdown(self) -> str:
+        rules = ["---" if header in self.words else "---:" for header in self.headers]
+        lines = [_markdown_row(row) for row in (self.headers, rules, *self.rows)]
+        return "\n".join([f"**{self.title[:1].upper()}{self.title[1:]}**", "", *lines])
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def site_figure(figures: Figures) -> Figure:
+    names = ("window_only", "start", "fitted")
+    rows = [
+        _site_row(str(site["site"]), site["module"], site["mixer"], [site[name] for name in names])
+        for site in figures.sites
+    ]
+    means = [sum(site[name] for site in figures.sites) / len(figures.sites) for name in names]
+    return Figure(
+        "relative MSE of each attention's output, on held-out text and recall",
+        ("site", "module", "mixer", "window", "start", "fitted"),
+        [*rows, _site_row("", "mean", "", means)],
+        words=("module", "mixer"),
+    )
+
+
+def _site_row(site: str, module: str, mixer: str, errors: Sequence[float]) -> Row:
+    return (site, module, mixer, *(f"{error:.4f}" for error in errors))
+
+
+def model_figure(figures: Figures) -> Figure:
+    first = next(iter(figures.models.values()))
+    ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
+    rows = [
+        (
+            name, f"{row['perplexity']:.2f}", f"{row['kl']:.3f}", f"{row['top1']:.1%}", f"{row['recall']:.1%}",
+            *(f"{part['accuracy']:.1%}" for part in row["recall_by_distance"]),
+        )
+        for name, row in figures.models.items()
+    ]  # fmt: skip
+    title = f"the whole model: held-out text, and recall from beyond {figures.window} tokens by distance"
+    return Figure(title, ("model", "perplexity", "KL", "top-1", "recall", *ranges), rows, words=("model",))
+
+
+def speed_figure(figures: Figures) -> Figure:
+    from linearize.printing import bytes_text
+
+    rows = []
+    for row in figures.speed:
+        pair = [row["source"], row["compiled"]]
+        rates = [f"{one['tokens_per_second']:.0f}" for one in pair]
+        sizes = [bytes_text(one["state_bytes"]) for one in pair]
+        rows.append((f"{row['context']:,}", *rates, *sizes))
+    headers = ("context", "source tokens/s", "compiled", "source cache", "compiled state")
+    return Figure("decoding one sequence, the source with its key-value cache", headers, rows)
+
+
+PAGE = """# Figures
+
+What `linearize demo` measured on the embedded model. Written by the run itself:
+
+```console
+$ linearize demo --markdown docs/figures.md
+```
+
+Recipe `{recipe}`, fitted on {tokens} tokens of the model's own samples; torch {torch}, {threads} threads, {seconds:.0f}
+seconds in all. A machine that is busy gives other speeds, another processor slightly other errors.
+
+{sites}
+
+`window` is the recipe `{baseline}` with its sinks, which needs no fitting; `start` is the fitted recipe before
+fitting. The error is `mean (y' - y)^2 / var(y)`, each mixer fed the source's own inputs, on rows that no fit has seen.
+
+{models}
+
+Perplexity, KL divergence from the source (nats a token) and share of equal most likely tokens are on files of the
+standard library that training held out, context 512. Recall is top-1 accuracy where the answer stands further back than
+the window: repeated segments, touching and with a gap, and key-value pairs.
+
+{speed}
+
+Steps of both models were taken in turn. The compiled model read all tokens of the context; the source's cache was
+filled by reading 512 and repeating its tensors, since a step's cost depends on their shapes alone.
+
+Loading what was saved gave {reload}. ONNX Runtime agreed with PyTorch within {difference:.0e} on logits over a prompt
+of {prefill} tokens and {steps} steps, and continued the prompt with {same}.
+"""
+
+
+def markdown_page(figures: Figures) -> str:
+    """docs/figures.md."""
+    onnx = figures.onnx
+    return PAGE.format(
+        recipe=figures.recipe,
+        baseline=figures.baseline,
+        tokens=f"{figures.tokens_fitted:,}",
+        torch=figures.versions["torch"],
+        threads=figures.threads,
+        seconds=figures.seconds["total"],
+        sites=site_figure(figures).markdown(),
+        models=model_figure(figures).markdown(),
+        speed=speed_figure(figures).markdown(),
+        reload="logits equal to the bit" if onnx["reload_equal"] else "other logits",
+        difference=onnx["largest_difference"],
+        prefill=onnx["prefill"],
+        steps=onnx["steps"],
+        same="the same tokens" if onnx["same_tokens"] else "other tokens",
+    )
