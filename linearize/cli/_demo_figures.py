@@ -124,7 +124,8 @@ fitting. The error is `mean (y' - y)^2 / var(y)`, each mixer fed the source's ow
 
 Perplexity, KL divergence from the source (nats a token) and share of equal most likely tokens are on files of the
 standard library that training held out, context 512. Recall is top-1 accuracy where the answer stands further back than
-the window: repeated segments, touching and with a gap, and key-value pairs.
+the window: repeated segments, touching and with a gap, and key-value pairs. `site N alone` is the source with only that
+attention replaced by its fitted mixer, the others kept: it shows which one costs what.
 
 {speed}
 
