@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -65,10 +67,12 @@ def _export(wrapper: LogitsOnly, call: Call) -> torch.export.ExportedProgram:
     dynamic = torch.export.Dim.DYNAMIC
     shapes = ({0: dynamic, 1: dynamic},) * len(call.inputs)
     example = tuple(tensor.clone() for tensor in call.inputs.values())
-    wrapper(*example)  # an ordinary failure of the model is told as the model tells it
+    if example[0].device.type != "meta":  # sources look at values that only tracing can do without
+        wrapper(*example)  # an ordinary failure of the model is told as the model tells it
     try:
-        exported = torch.export.export(wrapper, example, dynamic_shapes=(shapes,), strict=False)
-        return exported.run_decompositions({})
+        with _quiet():
+            exported = torch.export.export(wrapper, example, dynamic_shapes=(shapes,), strict=False)
+            return exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(_why_not_traced(wrapper.model, error)) from error
 
@@ -223,6 +227,19 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max |actual - expected| over max |expected|; NaN counts as infinite."""
     worst = ((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-12)).item()
     return worst if worst == worst else float("inf")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing the whole graph when it fails: the error says where and what."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

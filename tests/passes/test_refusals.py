@@ -1,0 +1,257 @@
+"""Every guard of the matcher has an attention that it must not match, and says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import linearize
+from linearize.errors import CaptureError, VerificationError
+from linearize.passes.match.masks import PADDED, classify
+from linearize.passes.match.region import owner_name
+from linearize.program import Program
+from linearize.spec import NoMatch
+from tests import zoo
+from tests.plain_models import DIM, Decoder, Projected
+
+Attend = Callable[[Projected, Tensor], Tensor]
+
+
+def captured_with(attend: Attend) -> Program:
+    """A decoder whose attention is `attend(module with wq, wk, wv, wo, x [B, T, D])`."""
+
+    class Written(Projected):
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return attend(self, x)
+
+    torch.manual_seed(0)
+    return linearize.capture(zoo.loud(Decoder(Written)))
+
+
+def causal(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+
+
+def one_head(self: Projected, x: Tensor) -> Tensor:
+    return self.wo(F.scaled_dot_product_attention(self.wq(x), self.wk(x), self.wv(x), is_causal=True))
+
+
+def slots(self: Projected, x: Tensor) -> Tensor:
+    """Queries, keys and values of 5 slots made from the first token: attention, but not over the sequence."""
+    grid = torch.ones(5, 1, device=x.device) * x[:, :1]
+    q, k, v = self.heads(grid + torch.arange(5.0, device=x.device)[:, None])
+    return self.merge(F.scaled_dot_product_attention(q, k, v)).mean(1, keepdim=True).expand_as(x)
+
+
+def masks_by_head(self: Projected, x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[1], device=x.device)
+    distance = t[:, None] - t[None, :]
+    reach = torch.tensor([3, 3, 1000, 1000], device=x.device)[:, None, None]
+    mask = (distance >= 0) & (distance < reach)
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def far_window(self: Projected, x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[1], device=x.device)
+    distance = t[:, None] - t[None, :]
+    mask = (distance >= 0) & (distance < 9000)
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def mask_from_hidden_states(self: Projected, x: Tensor) -> Tensor:
+    quiet = x.detach().mean(-1) > 0
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=causal(x) & quiet[:, None, None]))
+
+
+def relative_bias(self: Projected, x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[1], device=x.device)
+    bias = -0.3 * (t[:, None] - t[None, :]).float().abs()
+    bias = bias.masked_fill(~causal(x), float("-inf"))
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=bias))
+
+
+def summed_scores(self: Projected, x: Tensor) -> Tensor:
+    """Scores passed through a cumulative sum over the keys (contextual position encoding)."""
+    q, k, v = self.heads(x)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(DIM)).masked_fill(~causal(x), 0.0).cumsum(-1)
+    return self.merge(scores.masked_fill(~causal(x), float("-inf")).softmax(-1) @ v)
+
+
+def clamped_scores(self: Projected, x: Tensor) -> Tensor:
+    """Scores cut below at -0.1, which the canonical operator does not do."""
+    q, k, v = self.heads(x)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(DIM)).clamp(min=-0.1)
+    return self.merge(scores.masked_fill(~causal(x), float("-inf")).softmax(-1) @ v)
+
+
+def scaled_by_position(self: Projected, x: Tensor) -> Tensor:
+    """Scores times the logarithm of the query's position (log-n scaling)."""
+    q, k, v = self.heads(x)
+    growth = torch.log(torch.arange(x.shape[1], device=x.device) + 2.0)[:, None]
+    scores = q @ k.transpose(-1, -2) * growth
+    return self.merge(scores.masked_fill(~causal(x), float("-inf")).softmax(-1) @ v)
+
+
+def capped_twice(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    scores = torch.tanh(2 * torch.tanh(q @ k.transpose(-1, -2)))
+    return self.merge(scores.masked_fill(~causal(x), float("-inf")).softmax(-1) @ v)
+
+
+REFUSALS: tuple[tuple[Attend, str], ...] = (
+    (one_head, "SDPA on tensors of rank 3, not [B, H, T, d]"),
+    (slots, "the query axis has the fixed length 5, not the sequence's"),
+    (masks_by_head, "the mask differs between heads"),
+    (far_window, "has a constant above 8200, longer than can be probed"),
+    (mask_from_hidden_states, "depends on the hidden states"),
+    (relative_bias, "adds a position-dependent bias to the scores"),
+    (clamped_scores, "the matched nodes differ from the operator by"),
+    (scaled_by_position, "scores scaled by the tensor"),
+    (capped_twice, "two soft-caps in one chain"),
+)
+
+
+@pytest.mark.parametrize(("attend", "reason"), REFUSALS, ids=[attend.__name__ for attend, _ in REFUSALS])
+def test_an_attention_that_must_not_match_says_why(attend: Attend, reason: str) -> None:
+    program = captured_with(attend)
+    (site,) = program.sites
+    assert isinstance(site, NoMatch)
+    assert reason in site.reason
+    assert site.module == "blocks.0.attn"
+    assert site.chain
+    assert site.nodes
+    assert all(program.node(name) for name in site.nodes)
+    assert "test_refusals.py:" in site.source
+
+
+def test_scores_that_are_summed_over_keys_are_never_taken_for_softmax_attention() -> None:
+    program = captured_with(summed_scores)
+    assert not program.matched
+
+
+def test_softmaxes_that_are_no_attention_are_noted_and_left_alone() -> None:
+    program = zoo.captured("experts_with_router")
+    assert len(program.sites) == 1
+    assert any("left alone, no query-key product behind this softmax" in note for note in program.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "near_miss"),
+    [
+        ("deepseek_v3", "rope not recovered: no node of the same shape stands before the rotation"),
+        ("hunyuan", "rope not recovered: what lies before query or key is not a rotation by value"),
+    ],
+)
+def test_a_fact_that_cannot_be_proved_is_a_near_miss_and_not_claimed(name: str, near_miss: str) -> None:
+    site = zoo.captured(name).matched[0]
+    assert site.near_misses == (near_miss,)
+    assert site.attention.rope is None
+    assert site.nodes.query_unrotated is None
+    entry = zoo.compiled(name, "lizard{window=4}").plan.entries[0]
+    assert entry.mixer == "keep"
+    assert near_miss in entry.reason
+
+
+def test_dropout_that_is_always_on_is_never_silent() -> None:
+    def dropping(self: Projected, x: Tensor) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.heads(x), is_causal=True, dropout_p=0.5))
+
+    with pytest.raises(CaptureError, match="differs from the model"):
+        captured_with(dropping)
+
+
+# ---- masks by value --------------------------------------------------------------------------------------------------
+
+T = 20
+ROW, COLUMN = torch.arange(T)[:, None], torch.arange(T)[None, :]
+CAUSAL = COLUMN <= ROW
+
+
+def hidden_padding(base: Tensor) -> Tensor:
+    """[2, 1, T, T]: row 1 of the batch with its first PADDED keys hidden."""
+    padded = base.clone()
+    padded[:, :PADDED] = False
+    return torch.stack([base, padded])[:, None]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (CAUSAL, "causal"),
+        (CAUSAL & (ROW - COLUMN < 4), "sliding(4)"),
+        (CAUSAL & (ROW - COLUMN < 1), "sliding(1)"),
+        (CAUSAL & (ROW - COLUMN < T), "causal"),
+        (CAUSAL & (ROW // 4 == COLUMN // 4), "chunked(4)"),
+        (torch.ones(T, T, dtype=torch.bool), "full"),
+    ],
+)
+def test_masks_are_named_by_value(base: Tensor, name: str) -> None:
+    plain = classify(base[None, None], padded=False)
+    assert plain.spec is not None
+    assert (str(plain.spec), plain.spec.padding) == (name, False)
+    padded = classify(hidden_padding(base), padded=True)
+    assert padded.spec is not None
+    assert (str(padded.spec), padded.spec.padding) == (name, True)
+    unread = classify(base.expand(2, 1, T, T), padded=True)
+    assert unread.spec is not None
+    assert not unread.spec.padding
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        (CAUSAL | (COLUMN < 3), "unknown mask: at length 20 it shows 3 future keys and hides 0 past ones"),
+        (CAUSAL & ((ROW - COLUMN) % 2 == 0), "unknown mask: at length 20 it shows 0 future keys and hides 100"),
+        (CAUSAL & ((ROW - COLUMN < 4) | (COLUMN < 1)), "unknown mask"),
+        (CAUSAL & (ROW - COLUMN < 4) & (ROW // 8 == COLUMN // 8), "unknown mask"),
+        (COLUMN < ROW, "unknown mask"),
+        (COLUMN >= ROW, "unknown mask"),
+    ],
+)
+def test_masks_without_a_name_are_described(base: Tensor, reason: str) -> None:
+    reading = classify(base[None, None], padded=False)
+    assert reading.spec is None or reading.spec.kind == "other"
+    assert reason in reading.reason
+
+
+def test_masks_that_treat_heads_or_padding_in_their_own_way_are_refused() -> None:
+    by_head = torch.stack([CAUSAL, CAUSAL & (ROW - COLUMN < 4)])[None]
+    assert classify(by_head, padded=False).reason == "the mask differs between heads"
+    assert classify(CAUSAL[:, :12][None, None], padded=False).reason == "the mask is [20, 12], not square"
+    odd = hidden_padding(CAUSAL)
+    odd[1, 0, -1, 7] = False
+    assert classify(odd, padded=True).reason.startswith("padding changes the mask in another way")
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "owner"),
+    [
+        (("h.0.attn.q.weight", "h.0.attn.k.weight", "h.0.attn.o.weight"), "h.0.attn"),
+        (("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"), "h.0.attn"),
+        (("h.0.attn.qkv", "h.0.attn.out"), "h.0"),
+        (("h.0.attn.qkv.weight",), "h.0.attn"),
+        (("h.0.attn.q.weight", "h.1.attn.q.weight"), "h"),
+        ((), "scope"),
+        (("a.q.weight", "b.k.weight"), "scope"),
+    ],
+)
+def test_the_owner_is_the_common_prefix(names: tuple[str, ...], owner: str) -> None:
+    assert owner_name(names, "scope") == owner
+
+
+# ---- steps that cannot be continued ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cumsum_positions", "reversed_positions", "token_shift"])
+@pytest.mark.parametrize("recipe", ["none", "lolcats{window=40}"])
+def test_positions_that_cannot_be_continued_are_an_error_under_every_recipe(name: str, recipe: str) -> None:
+    with pytest.raises(VerificationError, match=r"could not be continued from a state"):
+        zoo.compile_again(name, recipe, tokens=0)

@@ -1,0 +1,161 @@
+"""Raising and rewriting: exact where they say so, and every recovered feature matters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from linearize.errors import RecipeError, VerificationError
+from linearize.passes import CAPTURE_PASSES
+from linearize.passes.lower import LOWER_PASSES
+from linearize.passes.normalise import NORMALISE_PASSES
+from linearize.passes.rewrite import InsertMixers, RaiseAttention
+from linearize.pipeline import Keeps, Pass, Stage, run_pipeline
+from linearize.plan import Plan, PlanEntry
+from linearize.program import Program, op_counts
+from linearize.spec import MaskSpec
+from linearize.verify import check_exact
+from tests import zoo
+
+
+def logits(program: Program, ids: torch.Tensor) -> torch.Tensor:
+    made = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
+    }
+    with torch.no_grad():
+        return program.module(*(made[name] for name in program.input_names()))
+
+
+def raised(program: Program, **changes: object) -> Program:
+    """The program raised with facts of every site's attention replaced."""
+    sites = [replace(site, attention=replace(site.attention, **changes)) for site in program.matched]  # type: ignore[arg-type]
+    return RaiseAttention().run(program.replace(sites=tuple(sites)))
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("gemma2", {"softcap": 0.0}),
+        ("soft_capped", {"softcap": 0.0}),
+        ("mistral", {"mask": MaskSpec("causal", padding=True)}),
+        ("banded_window", {"mask": MaskSpec("causal")}),
+        ("banded_window", {"mask": MaskSpec("sliding", 7)}),
+        ("gemma3", {"mask": MaskSpec("causal", padding=True)}),
+        ("granite", {"scale": 8**-0.5}),
+        ("bool_mask", {"scale": 8**-0.5}),
+    ],
+)
+def test_a_feature_that_were_ignored_would_show(name: str, ignored: dict) -> None:
+    program, ids = zoo.captured(name), zoo.tokens(2, 21)
+    expected = logits(program, ids)
+    assert zoo.difference(logits(raised(program), ids), expected) <= 1e-5
+    assert zoo.difference(logits(raised(program, **ignored), ids), expected) > 1e-3
+
+
+def test_padding_that_were_ignored_would_show() -> None:
+    program, ids = zoo.captured("llama"), zoo.tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = torch.arange(12).expand_as(ids)
+    deaf = [replace(s, attention=replace(s.attention, mask=MaskSpec("causal"))) for s in program.matched]
+    with torch.no_grad():
+        expected = program.module(ids, mask, positions)[mask.bool()]
+        right = raised(program).module(ids, mask, positions)[mask.bool()]
+        wrong = RaiseAttention().run(program.replace(sites=tuple(deaf))).module(ids, mask, positions)[mask.bool()]
+    assert zoo.difference(right, expected) <= 1e-5
+    assert zoo.difference(wrong, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "nano_gpt", "gemma2"])
+def test_every_exact_pass_keeps_the_logits(name: str) -> None:
+    """The whole pipeline with numbers compared between one pass and the next."""
+    program = zoo.captured(name)
+    plan = zoo.compiled(name, "lolcats{window=4}").plan
+    exact = run_pipeline(program, [*CAPTURE_PASSES, RaiseAttention()], verify="numerics")
+    assert [type(site) for site in exact.sites] == [type(site) for site in program.sites]
+    lossy = run_pipeline(exact, [InsertMixers(plan), *LOWER_PASSES])
+    assert lossy.state_names
+
+
+def test_passes_leave_the_program_that_they_were_given() -> None:
+    program, ids = zoo.captured("llama"), zoo.tokens(2, 9)
+    code, before = program.module.code, logits(program, ids)
+    plan = zoo.compiled("llama", "lolcats{window=4}").plan
+    run_pipeline(program, [*CAPTURE_PASSES, RaiseAttention(), InsertMixers(plan), *LOWER_PASSES])
+    assert program.module.code == code
+    assert torch.equal(logits(program, ids), before)
+    assert not any("linearize_mixers" in name for name, _ in program.module.named_parameters())
+
+
+def test_parameters_are_shared_from_stage_to_stage() -> None:
+    source = dict(zoo.source("llama").named_parameters())
+    student = zoo.compiled("llama", "lolcats{window=4}")
+    ours = dict(student.graph_module.named_parameters())
+    shared = set(source) & set(ours)
+    assert set(source) - shared <= {"lm_head.weight"}
+    assert all(ours[name] is source[name] for name in shared)
+
+
+def test_normalising_twice_changes_nothing() -> None:
+    for name in ("llama", "gpt2", "gptj"):
+        once = run_pipeline(zoo.captured(name), NORMALISE_PASSES)
+        twice = run_pipeline(once, NORMALISE_PASSES)
+        assert op_counts(twice.graph) == op_counts(once.graph)
+        assert torch.equal(logits(twice, zoo.tokens(2, 9)), logits(once, zoo.tokens(2, 9)))
+
+
+def test_every_pass_says_what_it_is_and_the_history_keeps_its_text() -> None:
+    program = zoo.compiled("llama", "lolcats{window=4}").program
+    names = [record.name for record in program.history]
+    assert names[0] == "capture"
+    assert names[-1] == "inline_mixers"
+    assert len(set(names)) == len(names)
+    assert all(record.seconds >= 0 and record.text.startswith("def LlamaForCausalLM(") for record in program.history)
+    raised_record = next(record for record in program.history if record.name == "raise_attention")
+    assert raised_record.op_counts["linearize.attention"] == 2
+    assert "aten.scaled_dot_product_attention" not in raised_record.op_counts
+    for step in (*CAPTURE_PASSES, RaiseAttention(), InsertMixers(Plan()), *LOWER_PASSES):
+        assert isinstance(step, Pass)
+        assert isinstance(step.stage, Stage)
+        assert isinstance(step.keeps, Keeps)
+
+
+def test_new_nodes_carry_the_rule_that_made_them() -> None:
+    program = zoo.compiled("llama", "lolcats{window=4}").source
+    calls = [node for node in program.graph.nodes if node.op == "call_module"]
+    assert [node.meta["rule"] for node in calls] == ["insert_mixers"] * 2
+    assert all(node.meta["origin"] for node in calls)
+
+
+def test_an_exact_pass_that_is_not_is_caught() -> None:
+    program = zoo.captured("mistral")
+    wrong = raised(program, mask=MaskSpec("causal", padding=True))
+    with pytest.raises(VerificationError, match=r"pass broken says that it is exact, but logits moved by"):
+        check_exact(program, wrong, "broken", length=21)
+
+
+def test_a_pass_that_breaks_shapes_is_named() -> None:
+    class Break:
+        name, stage, keeps = "break_head", Stage.REWRITE, Keeps.EXACT
+
+        def run(self, program: Program) -> Program:
+            module = program.copy_graph()
+            output = next(node for node in module.graph.nodes if node.op == "output")
+            with module.graph.inserting_before(output):
+                output.args = (module.graph.call_function(torch.ops.aten.sum.dim_IntList, (output.args[0], [2])),)
+            module.recompile()
+            return program.replace(module=module)
+
+    with pytest.raises(VerificationError, match=r"after pass break_head: logits have shape \[2, 13\], not \[B, T, V\]"):
+        run_pipeline(zoo.captured("nano_gpt"), [Break()])  # type: ignore[list-item]
+
+
+def test_a_plan_entry_for_a_mixer_that_would_lose_a_feature_is_refused() -> None:
+    program = run_pipeline(zoo.captured("soft_capped"), [RaiseAttention()])
+    plan = Plan(entries=(PlanEntry(site=0, module="blocks.0.attn", mixer="window"),))
+    with pytest.raises(RecipeError, match=r"site 0 \(blocks.0.attn\): window does not carry the soft-cap of 3"):
+        InsertMixers(plan).run(program)
