@@ -11,10 +11,12 @@ Differences from the reference code, on purpose:
   the window at long distances whatever W is; only the ratio of the two matters.
 
 Starts as window softmax (omega_h = 12 mutes the linear part to about 1e-4) and equals the teacher exactly while
-T <= window. `prepare` then finds omega_h and the sharpness of W by search, without gradients.
+T <= window. `prepare` then chooses W and omega_h without gradients: clusters of the keys make phi a soft codebook.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,9 @@ from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
 
 MUTED = 12.0
-OMEGA_GRID = (-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, MUTED)
-SHARPNESS_GRID = (0.5, 1.0, 2.0, 4.0)
+OMEGA_GRID = (-4.0, -2.0, 0.0, 2.0, 3.0, 4.0, 5.0, 7.0, MUTED)
+SHARPNESS_GRID = (1.0, 4.0)
+ASSIGNMENT_GRID = (1.0, 2.0, 4.0)
 
 
 @register_mixer
@@ -67,21 +70,32 @@ class Lolcats(Mixer):
         return (tokens_first(o), *line.state, s, z)
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
-        """Search omega_h on a grid for each query head, and the sharpness of W for each kv head, by output MSE."""
-        query_map, key_map = self.query_map.clone(), self.key_map.clone()
-        errors, omegas = [], []
-        for sharpness in SHARPNESS_GRID:
-            self.query_map.copy_(query_map * sharpness)
-            self.key_map.copy_(key_map * sharpness)
+        """Choose by output MSE, without gradients: the maps of each kv head among the identity at several sharpnesses
+        and clusters of its keys, and omega_h on a grid for each query head."""
+        grid = torch.tensor(OMEGA_GRID, device=target.device)
+        candidates, errors, omegas = list(self._candidate_maps(inputs)), [], []
+        for query_map, key_map in candidates:
+            self.query_map.copy_(query_map)
+            self.key_map.copy_(key_map)
             by_omega = torch.stack([self._head_errors(omega, inputs, target) for omega in OMEGA_GRID])
             errors.append(by_omega.amin(0))
-            omegas.append(torch.tensor(OMEGA_GRID, device=target.device)[by_omega.argmin(0)])
+            omegas.append(grid[by_omega.argmin(0)])
         best_kv = torch.stack(errors).unflatten(1, (self.spec.kv_heads, -1)).sum(-1).argmin(0)
         best = best_kv.repeat_interleave(self.spec.groups)
-        sharpness_by_kv = torch.tensor(SHARPNESS_GRID, device=target.device)[best_kv]
-        self.key_map.copy_(key_map * sharpness_by_kv[:, None, None])
-        self.query_map.copy_(query_map * sharpness_by_kv.repeat_interleave(self.spec.groups)[:, None, None])
+        self.query_map.copy_(torch.stack([candidates[c][0][h] for h, c in enumerate(best.tolist())]))
+        self.key_map.copy_(torch.stack([candidates[c][1][g] for g, c in enumerate(best_kv.tolist())]))
         self.omega.copy_(torch.stack(omegas).gather(0, best[None])[0])
+
+    def _candidate_maps(self, inputs: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(W_q, W_k) to choose from. With W_q = scale x centroids, softmax(q W_q) is the attention over the clusters
+        of keys; softmax(k W_k) assigns a key to one of them, the more sharply the larger W_k."""
+        for sharpness in SHARPNESS_GRID:
+            yield self.query_map * sharpness, self.key_map * sharpness
+        keys = inputs[1].float().transpose(0, 1).flatten(1, 2)
+        centroids = torch.stack([cluster(head, self.features) for head in keys]).transpose(1, 2)
+        by_query = (self.spec.scale * centroids).repeat_interleave(self.spec.groups, dim=0)
+        for assignment in ASSIGNMENT_GRID:
+            yield by_query, assignment * self.spec.scale * centroids
 
     def _head_errors(self, omega: float, inputs: list[Tensor], target: Tensor) -> Tensor:
         """Summed squared error of each head [H] with one omega for all."""
@@ -103,3 +117,15 @@ def start_map(heads: int, dim: int, features: int) -> Tensor:
     generator = torch.Generator().manual_seed(dim * 10007 + features)
     blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-features // dim))]
     return torch.cat(blocks, dim=1)[:, :features].repeat(heads, 1, 1)
+
+
+def cluster(points: Tensor, count: int, rounds: int = 12) -> Tensor:
+    """Centroids [count, d] of points [N, d] by k-means (Lloyd), from evenly spaced points; empty clusters stay put."""
+    start = torch.linspace(0, points.shape[0] - 1, count, device=points.device).long()
+    centroids = points[start].clone()
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centroids).argmin(dim=1)
+        counts = torch.zeros(count, device=points.device).index_add_(0, nearest, torch.ones_like(points[:, 0]))
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, points)
+        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
+    return centroids
