@@ -3,6 +3,7 @@
 Each class shows one style of spelling attention, positions or outputs. All take int64 [B, T] and give logits [B, T, V],
 bare or wrapped. Repetition between them is the point: nobody's model is factored like somebody else's.
 """
+# mypy: ignore-errors
 
 import math
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from linearize.mixers import Mixer, build_mixer
 from linearize.ops import OPERATORS
 from linearize.spec import AttentionSpec, MaskSpec
 
-MIXERS = (
+MIXERS: tuple[tuple[str, dict], ...] = (
     ("window", {}),
     ("window", {"sinks": 2}),
     ("lolcats", {}),

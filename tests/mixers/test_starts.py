@@ -117,7 +117,8 @@ def test_lolcats_is_its_formula() -> None:
     mixer = build_mixer("lolcats", spec(), {"window": window, "sinks": sinks, "features": 5})
     _move(mixer)
     x = {name: tensor.double() for name, tensor in inputs(length, batch=1).items()}
-    query_map, key_map, omega = (p.detach().double() for p in (mixer.query_map, mixer.key_map, mixer.omega))
+    parameters = {name: parameter.detach().double() for name, parameter in mixer.named_parameters()}
+    query_map, key_map, omega = (parameters[name] for name in ("query_map", "key_map", "omega"))
     expected = torch.zeros(1, H, length, DV, dtype=torch.float64)
     for h in range(H):
         g, c = h // (H // G), torch.exp(omega[h])

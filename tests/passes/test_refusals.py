@@ -1,4 +1,5 @@
 """Every guard of the matcher has an attention that it must not match, and says why."""
+# mypy: disable-error-code="misc"
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Generation: greedy and sampled, batched with padding, prompts fed in pieces."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,7 +24,8 @@ def test_greedy_equals_the_argmax_of_whole_sequences() -> None:
 
 def test_greedy_of_none_equals_the_sources_own_generate() -> None:
     ids = zoo.tokens(2, 7)
-    expected = zoo.source("llama").generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    source: Any = zoo.source("llama")
+    expected = source.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(zoo.compiled("llama", "none").generate(ids, max_new_tokens=9), expected)
 
 
@@ -60,14 +63,15 @@ def test_rows_that_ended_are_filled_and_all_ended_stops() -> None:
 
 def test_a_seed_repeats_and_another_differs() -> None:
     model, ids = zoo.compiled("llama", RECIPE), zoo.tokens(2, 4)
-    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0}
+    options: dict = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0}
     one, two, three = (model.generate(ids, seed=seed, **options) for seed in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, three)
 
 
 def test_the_streamer_sees_every_token_once() -> None:
-    model, ids, seen = zoo.compiled("llama", RECIPE), zoo.tokens(2, 4), []
+    model, ids = zoo.compiled("llama", RECIPE), zoo.tokens(2, 4)
+    seen: list[torch.Tensor] = []
     result = model.generate(ids, max_new_tokens=5, streamer=seen.append)
     assert torch.equal(torch.stack(seen, dim=1), result[:, 4:])
 
