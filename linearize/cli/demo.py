@@ -46,6 +46,7 @@ class Sizes:
     """How much the demo does."""
 
     tokens: int
+    fit_length: int
     text_rows: int
     recall_rows: int
     site_rows: int
@@ -54,8 +55,8 @@ class Sizes:
     new_tokens: int
 
 
-FULL = Sizes(65_536, 16, 8, 8, (512, 4096, 16_384), 24, 48)
-QUICK = Sizes(1024, 2, 1, 2, (512,), 3, 8)
+FULL = Sizes(65_536, 512, 16, 8, 8, (512, 4096, 16_384), 24, 48)
+QUICK = Sizes(1024, 128, 2, 1, 2, (512,), 3, 8)
 
 
 @dataclass
@@ -92,10 +93,11 @@ def demo(
     from linearize.files import check_new_directory, write_atomically
     from linearize.recipe import Recipe
 
+    sizes = QUICK if quick else FULL
     policy = Recipe.load(recipe)
+    policy = policy.model_copy(update={"fit": policy.fit.model_copy(update={"length": sizes.fit_length})})
     if output is not None:
         check_new_directory(output)
-    sizes = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="linearize-demo-") as scratch:
         job = Demo(sizes, policy, sizes.tokens if tokens is None else tokens, seed, output or Path(scratch, "out"))
         job.figures.quick = quick
