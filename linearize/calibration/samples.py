@@ -1,4 +1,8 @@
-"""The teacher's own samples: text drawn from the model itself, so that fitting needs no data."""
+"""The teacher's own samples: text drawn from the model itself, so that fitting needs no data.
+
+Every fourth row is a segment of its own sample over and over: a right continuation can then be found far back only,
+so the far branch of a mixer must earn its place. Samples alone show too little of it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from linearize.runtime.generate import Sampling, choose
 from linearize.runtime.model import LinearizedModel
 
 ROWS_AT_ONCE = 128
+REPEAT_EVERY = 4
 
 
 def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progress: Progress) -> list[Tensor]:
@@ -40,8 +45,25 @@ def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progre
     batches = []
     with torch.no_grad():
         for part in progress.track(start.split(ROWS_AT_ONCE), "sampling the teacher"):
-            batches.append(_continue(model, part, length, generator, progress))
+            batches.append(repeat_segments(_continue(model, part, length, generator, progress), generator))
     return batches
+
+
+def repeat_segments(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [B, T], every fourth row replaced by a random segment of itself, T / 12 to T / 2 long, again and again
+    behind its first token."""
+    rows, length = rows.clone(), rows.shape[1]
+    for row in rows[REPEAT_EVERY - 1 :: REPEAT_EVERY]:
+        size = _draw(max(1, length // 12), max(2, length // 2), generator)
+        start = _draw(0, max(1, length - size), generator)
+        segment = row[start : start + size]
+        row[1:] = segment.repeat(-(-(length - 1) // size))[: length - 1].clone()
+    return rows
+
+
+def _draw(low: int, high: int, generator: torch.Generator) -> int:
+    """Uniform on low .. high - 1."""
+    return int(torch.randint(low, high, (1,), generator=generator, device=generator.device))
 
 
 def _with_cache(teacher: Program) -> LinearizedModel:
