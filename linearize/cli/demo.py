@@ -219,7 +219,8 @@ class Demo:
         self.console.print(site_figure(self.figures).drawn())
         source = remembered(logits_of(self.source), data.text)
         models = {"source": self.source, "window only": window, "at start": start, "fitted": compiled}
-        models |= {f"site {site.index} alone": self.alone(teacher, compiled, site.index) for site in teacher.matched}
+        hardest = max(columns["fitted"], key=lambda site: columns["fitted"][site])
+        models[f"fitted, site {hardest} kept"] = self.keeping(teacher, compiled, hardest)
         for name, model in models.items():
             self.figures.models[name] = model_figures(logits_of(model), source, data)
         self.console.print("")
@@ -229,14 +230,17 @@ class Demo:
         """The source rewritten by a recipe, its mixers at their start."""
         return self.planned(teacher, recipe.plan(teacher.matched))
 
-    def alone(self, teacher: Program, compiled: LinearizedModel, site: int) -> LinearizedModel:
-        """The source with one of its attentions replaced by its fitted mixer, which shows what that one costs."""
+    def keeping(self, teacher: Program, compiled: LinearizedModel, site: int) -> LinearizedModel:
+        """The fitted model with one site left as softmax with its key-value cache: what that one site costs."""
         from linearize.calibration.evaluate import mixers_of
 
-        keep = {"mixer": "keep", "options": {}}
-        entries = [one if one.site == site else one.model_copy(update=keep) for one in compiled.plan.entries]
+        keep = {"mixer": "keep", "options": {}, "reason": "the largest error after fitting"}
+        entries = [one.model_copy(update=keep) if one.site == site else one for one in compiled.plan.entries]
         model = self.planned(teacher, compiled.plan.model_copy(update={"entries": tuple(entries)}))
-        mixers_of(model.source)[site].load_state_dict(mixers_of(compiled.source)[site].state_dict())
+        fitted = mixers_of(compiled.source)
+        for index, mixer in mixers_of(model.source).items():
+            if index != site:
+                mixer.load_state_dict(fitted[index].state_dict())
         return model
 
     def planned(self, teacher: Program, plan: Plan) -> LinearizedModel:
