@@ -38,12 +38,15 @@ def test_the_built_in_recipes_load_and_say_what_they_are() -> None:
 
 
 def test_options_in_braces_replace_those_of_the_recipe() -> None:
-    assert labels(Recipe.load("lolcats"), 1) == ["lolcats{window=64}"]
-    assert labels(Recipe.load("lolcats{window=32}"), 1) == ["lolcats{window=32}"]
-    assert labels(Recipe.load(" lolcats { window = 32 , sinks=4,features=16 } "), 1) == [
-        "lolcats{window=32,sinks=4,features=16}"
-    ]
-    assert labels(Recipe.load("window{}"), 1) == ["window{window=64,sinks=4}"]
+    plain = dict(Recipe.load("lolcats").rules[0].options)
+    for name, options in (
+        ("lolcats", {}),
+        ("lolcats{}", {}),
+        ("lolcats{window=31}", {"window": 31}),
+        (" lolcats { window = 31 , sinks=4,features=16 } ", {"window": 31, "sinks": 4, "features": 16}),
+    ):
+        entry = Recipe.load(name).plan(sites(1)).entries[0]
+        assert (entry.mixer, entry.options) == ("lolcats", {**plain, **options})
     assert Recipe.load("lolcats{window=32}").fit == Recipe.load("lolcats").fit
 
 

@@ -135,7 +135,6 @@ DEEP: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
 
 # the long tail, of one layer each
 TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
-    ("llama_mha", "llama", {"num_key_value_heads": 4}, {"extras": ("rope-half(8)",)}),
     ("llama_mqa", "llama", {"num_key_value_heads": 1}, {"extras": ("mqa",)}),
     ("llama_biased", "llama", {"attention_bias": True, "tie_word_embeddings": True}, {"extras": ("gqa",)}),
     ("llama_rope_scaled", "llama", {"rope_parameters": LLAMA3_ROPE}, {"extras": ("gqa", "rope-half(8)")}),
@@ -159,7 +158,6 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("olmo", "olmo", {}, {"extras": ("gqa",)}),
     ("olmo2", "olmo2", {}, {"extras": ("gqa", "qk-norm")}),
     ("granite", "granite", {"attention_multiplier": 0.3}, {"extras": ("gqa",)}),
-    ("granitemoe", "granitemoe", {**EXPERTS, "attention_multiplier": 0.3}, {"extras": ("gqa",)}),
     ("falcon", "falcon", {"new_decoder_architecture": False, "multi_query": True, "head_dim": LEFT_OUT},
      {"extras": ("mqa",)}),
     ("falcon_new", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": LEFT_OUT},
@@ -174,17 +172,12 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("nemotron", "nemotron", {"partial_rotary_factor": 0.5}, {"extras": ("gqa",)}),
     ("persimmon", "persimmon", {"partial_rotary_factor": 0.5}, {"extras": ("fused-qkv", "qk-norm")}),
     ("helium", "helium", {}, {"extras": ("gqa",)}),
-    ("ernie4_5", "ernie4_5", {}, {"extras": ("gqa",)}),
-    ("seed_oss", "seed_oss", {}, {"extras": ("gqa",)}),
     ("apertus", "apertus", {}, {"extras": ("gqa", "qk-norm")}),
-    ("arcee", "arcee", {}, {"extras": ("gqa",)}),
     ("deepseek_v2", "deepseek_v2", MLA, {}),
     ("xglm", "xglm", {"d_model": 32, "ffn_dim": 64, "num_layers": 1, "attention_heads": 4},
      {"matched": 0, "not_stepped": PIECES}),
     ("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, {"extras": ("qk-norm",)}),
     ("hunyuan", "hunyuan_v1_dense", {}, {"extras": ("qk-norm",)}),
-    ("ministral", "ministral", {"sliding_window": 6, "layer_types": ["sliding_attention"]},
-     {"masks": ("sliding(6)",)}),
 )  # fmt: skip
 
 TRANSFORMERS: tuple[Entry, ...] = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from linearize.calibration.fit import _cosine, fit_mixer, output_error
-from linearize.calibration.samples import sample_teacher
+from linearize.calibration.samples import REPEAT_EVERY, repeat_segments, sample_teacher
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import DataError
 from linearize.mixers import build_mixer
@@ -154,10 +154,26 @@ def test_samples_are_token_ids_of_the_asked_number(name: str) -> None:
 def test_samples_follow_the_teachers_distribution() -> None:
     """The second token's frequencies after one bos, against softmax of the source's logits."""
     program = teacher("llama")
-    drawn = torch.cat(sample_teacher(program, tokens=4000, length=2, seed=0, progress=QUIET))
+    rows = torch.cat(sample_teacher(program, tokens=4000, length=2, seed=0, progress=QUIET))
+    drawn = rows[torch.arange(len(rows)) % REPEAT_EVERY != REPEAT_EVERY - 1]
     expected = zoo.source_logits("llama", torch.tensor([[1]]))[0, 0].softmax(-1)
     found = torch.bincount(drawn[:, 1], minlength=zoo.VOCAB) / len(drawn)
     assert (found - expected).abs().sum() < 0.25
+
+
+def test_every_fourth_sample_repeats_a_segment_of_itself_and_the_others_stay() -> None:
+    rows = zoo.tokens(16, 48)
+    repeated = repeat_segments(rows, torch.Generator().manual_seed(0))
+    for index, (row, new) in enumerate(zip(rows, repeated, strict=True)):
+        if index % REPEAT_EVERY != REPEAT_EVERY - 1:
+            assert torch.equal(row, new)
+            continue
+        assert new[0] == row[0]
+        periods = [size for size in range(4, 25) if torch.equal(new[1 + size :], new[1:-size])]
+        assert periods
+        segment = new[1 : 1 + periods[0]].tolist()
+        assert any(row[start : start + len(segment)].tolist() == segment for start in range(48))
+    assert not torch.equal(rows, repeated)
 
 
 def test_samples_stop_at_the_learned_positions() -> None:

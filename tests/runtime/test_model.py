@@ -98,7 +98,7 @@ def test_a_kept_layer_among_others_steps_and_counts_its_cache_by_context() -> No
         assert state.nbytes == model.state_bytes(batch=2, context=16)
     per_token = 2 * (8 + 8) * 4 + 1
     assert model.state_bytes(2, context=100) - model.state_bytes(2, context=0) == 2 * 100 * per_token
-    assert [site.mixer for site in model.report.sites] == ["lolcats{window=5}", "keep"]
+    assert [site.mixer.partition("{")[0] for site in model.report.sites] == ["lolcats", "keep"]
 
 
 def test_a_window_of_the_whole_context_equals_the_source() -> None:
@@ -120,10 +120,11 @@ def test_a_source_that_slides_stays_exact_whatever_the_recipe() -> None:
 
 def test_gradients_flow_through_the_compiled_model() -> None:
     model = zoo.compile_again("llama", "lizard{window=3}", tokens=0)
-    model(zoo.tokens(2, 12)).logits.square().mean().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if "linearize_mixers" in name}
-    assert grads
-    assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads.values())
+    ours = [parameter for name, parameter in model.named_parameters() if "linearize_mixers" in name]
+    assert ours
+    grads = torch.autograd.grad(model(zoo.tokens(2, 12)).logits.square().mean(), ours)
+    assert all(bool(torch.isfinite(grad).all()) for grad in grads)
+    assert any(bool((grad != 0).any()) for grad in grads)
 
 
 # ---- limits and errors -----------------------------------------------------------------------------------------------
