@@ -10,10 +10,14 @@ from torch import nn
 
 import linearize
 from linearize.errors import CaptureError, DataError, RecipeError
-from linearize.recipe import Fit, Recipe
+from linearize.recipe import Fit, LayerRule, Recipe
 from tests import zoo
 
-BRIEF = Recipe.load("lolcats{window=4}").model_copy(update={"fit": Fit(tokens=1500, length=24, batch=4)})
+BRIEF = Recipe(
+    name="brief",
+    rules=(LayerRule(mixer="lolcats", options={"window": 4}),),
+    fit=Fit(tokens=1500, length=24, batch=4),
+)
 
 
 def batches(count: int = 12, rows: int = 4, length: int = 24) -> list[torch.Tensor]:

@@ -127,7 +127,6 @@ DEEP: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
      {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "softcap(3)")}),
     ("gemma3", "gemma3_text", LOCAL, {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "qk-norm")}),
     ("cohere2", "cohere2", LOCAL, {"masks": ("sliding(6)", "causal")}),
-    ("exaone4", "exaone4", LOCAL, {"masks": ("sliding(6)", "causal")}),
     ("smollm3", "smollm3", {"no_rope_layers": [1, 0]}, {"extras": ("gqa",)}),
     ("deepseek_v3", "deepseek_v3", {**MLA, "n_group": 1, "topk_group": 1}, {}),
     ("gpt_oss", "gpt_oss", {**EXPERTS, **LOCAL}, {"matched": 0, "not_stepped": PIECES}),
@@ -136,7 +135,6 @@ DEEP: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
 # the long tail, of one layer each
 TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("llama_mqa", "llama", {"num_key_value_heads": 1}, {"extras": ("mqa",)}),
-    ("llama_biased", "llama", {"attention_bias": True, "tie_word_embeddings": True}, {"extras": ("gqa",)}),
     ("llama_rope_scaled", "llama", {"rope_parameters": LLAMA3_ROPE}, {"extras": ("gqa", "rope-half(8)")}),
     ("mistral_full", "mistral", {"sliding_window": None}, {"extras": ("gqa",)}),
     ("gpt_bigcode", "gpt_bigcode", {**GPT2, "n_layer": 1}, {"extras": ("mqa",), "limit": 64}),
@@ -155,7 +153,6 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("stablelm", "stablelm", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-half(4)")}),
     ("starcoder2", "starcoder2", {}, {"extras": ("gqa",)}),
     ("cohere", "cohere", {}, {"extras": ("gqa", "rope-interleaved(8)")}),
-    ("olmo", "olmo", {}, {"extras": ("gqa",)}),
     ("olmo2", "olmo2", {}, {"extras": ("gqa", "qk-norm")}),
     ("granite", "granite", {"attention_multiplier": 0.3}, {"extras": ("gqa",)}),
     ("falcon", "falcon", {"new_decoder_architecture": False, "multi_query": True, "head_dim": LEFT_OUT},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from linearize.passes.rewrite import InsertMixers, RaiseAttention
 from linearize.pipeline import run_pipeline
+from linearize.plan import Plan, PlanEntry
 from linearize.program import Program, program_text
 from tests import zoo
 
@@ -52,6 +53,7 @@ def test_the_attention_raised(check_golden: Callable[[str, str], None]) -> None:
 
 
 def test_the_attention_with_a_mixer(check_golden: Callable[[str, str], None]) -> None:
-    plan = zoo.compiled(NAME, "lolcats{window=4}").plan
+    entry = PlanEntry(site=0, module="model.layers.0.self_attn", mixer="lolcats", options={"window": 4})
+    plan = Plan(entries=(entry,))
     rewritten = run_pipeline(zoo.captured(NAME), [RaiseAttention(), InsertMixers(plan)])
     check_golden("llama_attention_with_lolcats", attention_text(rewritten))
