@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.capture import hf
 from linearize.capture.torch_export import capture
+from linearize.errors import RewriteError
 from linearize.passes.calibrate import CalibrateOutputs
 from linearize.passes.lower import LOWER_PASSES
-from linearize.passes.rewrite import InsertMixers, RaiseAttention
+from linearize.passes.rewrite import InsertMixers, RaiseAttention, keep_worst
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
 from linearize.program import Program
@@ -25,7 +25,7 @@ from linearize.verify import check_state_threading
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | Program,
     recipe: str | Path | Recipe = "lolcats",
     *,
     calibration: Iterable[torch.Tensor] | None = None,
@@ -37,7 +37,8 @@ def compile(
     """Replace a decoder-only model's softmax attention by mixers with a fixed-size state.
 
     Args:
-        model: any `nn.Module` that maps token ids int64 [B, T] to logits, transformers or not. It is left as it was.
+        model: any `nn.Module` that maps token ids int64 [B, T] to logits, transformers or not, or what `capture` made
+            of it. It is left as it was; the result shares its parameters.
         recipe: a name from `linearize.recipes()`, with options (`"lolcats{window=32}"`), a `.toml` path or a Recipe.
         calibration: batches of token ids int64 [B, T] to fit on; None draws the teacher's own samples.
         plan: what each site becomes; None lets the recipe decide.
@@ -49,11 +50,13 @@ def compile(
         A LinearizedModel; sites that could not be matched are in its `report.refused`, left as they were.
 
     Raises:
-        CaptureError, RecipeError, DataError, VerificationError: each says what, where, and what to do.
+        CaptureError, RecipeError, RewriteError, DataError, VerificationError: each says what, where, and what to do.
     """
     policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    captured = capture(model)
+    captured = model if isinstance(model, Program) else capture(model)
+    check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
+    share = policy.keep_worst if plan is None else 0.0
     plan = plan or policy.plan(captured.matched)
     plan.check([site.index for site in captured.matched])
     student = run_pipeline(teacher, [InsertMixers(plan)])
@@ -61,7 +64,21 @@ def compile(
     report = start_report(student, plan, seed)
     fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report)
     student = run_pipeline(student, [fit])
-    return finish(student, plan, report, hf.tokenizer_files(model))
+    if share:
+        plan, student = keep_worst(teacher, student, plan, report, share)
+    return finish(student, plan, report, captured.source_files)
+
+
+def check_sites(program: Program, recipe: Recipe) -> None:
+    """There is something to rewrite, unless the recipe rewrites nothing.
+
+    Raises:
+        RewriteError: no attention was matched; it lists why.
+    """
+    if program.matched or all(rule.mixer == "keep" for rule in recipe.rules):
+        return
+    why = "; ".join(f"site {site.index} ({site.module}): {site.reason}" for site in program.refused)
+    raise RewriteError(f"{program.model_name} has no attention that could be matched: {why or 'no softmax was found'}")
 
 
 def finish(student: Program, plan: Plan, report: Report, files: dict[str, bytes]) -> LinearizedModel:

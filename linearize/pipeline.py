@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import time
 from collections.abc import Iterable
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -42,16 +43,18 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
-def run_pipeline(program: Program, passes: Iterable[Pass], verify: Verify = "structure") -> Program:
+def run_pipeline(program: Program, passes: Iterable[Pass], verify: Verify | None = None) -> Program:
     """Run `passes` in order; each result is recorded in the program's history and verified.
 
     Args:
         verify: "structure" lints the graph, forbids mutation, and re-runs shapes on fake tensors where the graph
-            changed; "numerics" also compares logits before and after every EXACT pass at a probe.
+            changed; "numerics" also compares logits before and after every EXACT pass at a probe. None takes the
+            environment variable LINEARIZE_VERIFY (the tests set it to numerics), or else "structure".
 
     Raises:
         VerificationError: a pass left the program invalid, or an exact pass changed its logits.
     """
+    verify = verify or ("numerics" if os.environ.get("LINEARIZE_VERIFY") == "numerics" else "structure")
     for step in passes:
         started = time.perf_counter()
         after = step.run(program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Program:
     max_positions: int | None = None
     padding_moves_positions: bool = True
     source_config: dict[str, Any] | None = None
+    source_files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

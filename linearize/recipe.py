@@ -52,7 +52,10 @@ class Fit(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A named policy; `Recipe.load(name)` reads a built-in one or a TOML file."""
+    """A named policy; `Recipe.load(name)` reads a built-in one or a TOML file.
+
+    `keep_worst`: this share of the sites, those with the largest error after fitting, stays softmax with its cache.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,6 +64,7 @@ class Recipe(BaseModel):
     source: str = ""
     rules: tuple[LayerRule, ...]
     fit: Fit = Fit()
+    keep_worst: float = Field(default=0.0, ge=0, le=1)
 
     @staticmethod
     def load(name: str | Path) -> Recipe:

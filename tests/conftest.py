@@ -16,6 +16,9 @@ CLASHING_NAMES = ("passes", "kernels", "export")
 # `python -m pytest` puts the checkout's root on sys.path, where our `kernels` shadows the third-party package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+# Between passes, exact ones are compared by their logits too.
+os.environ["LINEARIZE_VERIFY"] = "numerics"
+
 # The first call of an operator is far slower than the next ones, so a deadline would fail at random; CI repeats itself.
 settings.register_profile("linearize", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("linearize")

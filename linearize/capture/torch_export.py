@@ -57,6 +57,7 @@ def capture_graph(model: nn.Module, example_inputs: Any = None) -> Program:
             captured_by="torch.export",
             vocab_size=_vocabulary(module),
             source_config=hf.config_dict(model),
+            source_files=hf.tokenizer_files(model),
         )
         check_capture(program, wrapper, call)
         program = program.replace(padding_moves_positions=_padding_moves_positions(program, model, call))

@@ -178,7 +178,7 @@ class Demo:
         from linearize.pipeline import run_pipeline
 
         teacher = run_pipeline(captured, [RaiseAttention()])
-        compiled = linearize.compile(self.source, self.recipe, tokens=self.tokens, seed=self.seed)
+        compiled = linearize.compile(captured, self.recipe, tokens=self.tokens, seed=self.seed)
         report = compiled.report
         self.figures.tokens_fitted = report.tokens_fitted
         self.tell(f"recipe {self.figures.recipe}, fitted on {report.tokens_fitted:,} tokens of {report.data}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
 
 FORMAT = 1
+KIND = "linearized-model"
 MANIFEST, GRAPH, WEIGHTS = "linearize.json", "graph.json", "model.safetensors"
 
 
@@ -38,7 +39,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
-    kind: str = "linearized-model"
+    kind: str = KIND
     model_name: str
     captured_by: str
     vocab_size: int | None
@@ -158,7 +159,10 @@ def _read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} holds no {MANIFEST}: not written by linearize (compile a model into it first)")
     data = _read_json(folder / MANIFEST)
-    version = data.get("format") if isinstance(data, dict) else None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind != KIND:
+        raise ArtifactError(f"{folder} holds a {kind!r}, not a {KIND!r}; load the directory that compile wrote")
+    version = data.get("format")
     if version != FORMAT:
         raise ArtifactError(f"{folder / MANIFEST} has format {version!r}; this version of linearize reads {FORMAT}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize.passes.rewrite.insert_mixers import InsertMixers
+from linearize.passes.rewrite.keep_worst import keep_worst
 from linearize.passes.rewrite.raise_attention import RaiseAttention
 
-__all__ = ["InsertMixers", "RaiseAttention"]
+__all__ = ["InsertMixers", "RaiseAttention", "keep_worst"]
