@@ -219,8 +219,9 @@ class Demo:
         self.console.print(site_figure(self.figures).drawn())
         source = remembered(logits_of(self.source), data.text)
         models = {"source": self.source, "window only": window, "at start": start, "fitted": compiled}
-        hardest = max(columns["fitted"], key=lambda site: columns["fitted"][site])
-        models[f"fitted, site {hardest} kept"] = self.keeping(teacher, compiled, hardest)
+        hybrid = self.keeping_the_worst(teacher, compiled)
+        self.figures.kept = [entry.site for entry in hybrid.plan.entries if entry.mixer == "keep"]
+        models["hybrid"] = hybrid
         for name, model in models.items():
             self.figures.models[name] = model_figures(logits_of(model), source, data)
         self.console.print("")
@@ -230,18 +231,16 @@ class Demo:
         """The source rewritten by a recipe, its mixers at their start."""
         return self.planned(teacher, recipe.plan(teacher.matched))
 
-    def keeping(self, teacher: Program, compiled: LinearizedModel, site: int) -> LinearizedModel:
-        """The fitted model with one site left as softmax with its key-value cache: what that one site costs."""
-        from linearize.calibration.evaluate import mixers_of
+    def keeping_the_worst(self, teacher: Program, compiled: LinearizedModel) -> LinearizedModel:
+        """The fitted model as the recipe `hybrid` makes it: the quarter of the sites that fits worst stays softmax."""
+        from linearize.api import finish
+        from linearize.passes.rewrite import keep_worst
+        from linearize.recipe import Recipe
 
-        keep = {"mixer": "keep", "options": {}, "reason": "the largest error after fitting"}
-        entries = [one.model_copy(update=keep) if one.site == site else one for one in compiled.plan.entries]
-        model = self.planned(teacher, compiled.plan.model_copy(update={"entries": tuple(entries)}))
-        fitted = mixers_of(compiled.source)
-        for index, mixer in mixers_of(model.source).items():
-            if index != site:
-                mixer.load_state_dict(fitted[index].state_dict())
-        return model
+        report = compiled.report.model_copy(deep=True)
+        share = Recipe.load("hybrid").keep_worst
+        plan, student = keep_worst(teacher, compiled.source, compiled.plan, report, share)
+        return finish(student, plan, report, {})
 
     def planned(self, teacher: Program, plan: Plan) -> LinearizedModel:
         from linearize.api import finish, start_report

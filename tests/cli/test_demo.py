@@ -22,10 +22,9 @@ def test_the_demo_does_the_whole_job(run: Run, tmp_path: Path) -> None:
     assert figures["models"]["source"]["recall"] > 0.9 > figures["models"]["window only"]["recall"]
     assert figures["speed"][0]["compiled"]["state_bytes"] < figures["speed"][0]["source"]["state_bytes"]
     assert len(figures["sites"]) == 4
-    assert set(figures["models"]) == {
-        "source", "window only", "at start", "fitted", *(f"site {index} alone" for index in range(4)),
-    }  # fmt: skip
-    assert all(figures["models"][f"site {index} alone"]["kl"] > 0 for index in range(4))
+    assert set(figures["models"]) == {"source", "window only", "at start", "fitted", "hybrid"}
+    assert len(figures["kept"]) == 1
+    assert 0 < figures["models"]["hybrid"]["kl"] < figures["models"]["fitted"]["kl"]
     assert linearize.load(tmp_path / "out" / "compiled").plan.recipe == "lolcats"
     assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
 
