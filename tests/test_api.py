@@ -179,7 +179,7 @@ def test_the_public_names_are_there_and_nothing_heavy_is_imported() -> None:
         "llama",
         "gpt2",
         "nano_gpt",
-        pytest.param("opt", marks=pytest.mark.xfail(reason="padding_moves_positions is not saved yet")),
+        "opt",
     ],
 )
 def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path: Path, name: str) -> None:

@@ -113,8 +113,8 @@ What `linearize demo` measured on the embedded model. Written by the run itself:
 $ linearize demo --markdown docs/figures.md
 ```
 
-Recipe `{recipe}`, fitted on {tokens} tokens of the model's own samples; torch {torch}, {threads} threads, {seconds:.0f}
-seconds in all. A machine that is busy gives other speeds, another processor slightly other errors.
+Recipe `{recipe}`, fitted on {tokens} tokens of the model's own samples; torch {torch}, torch threads: {threads};
+{seconds:.0f} seconds in all. A machine that is busy gives other speeds, another processor slightly other errors.
 
 {sites}
 

@@ -121,6 +121,7 @@ class Demo:
 
         self.sizes, self.recipe, self.tokens, self.seed, self.folder = sizes, recipe, tokens, seed, folder
         self.console: Console = out()
+        torch.set_num_threads(1)  # a model this small waits for a second thread longer than it runs
         self.window = int(recipe.rules[-1].options.get("window", NO_WINDOW))
         self.figures = Figures(
             versions={"linearize": linearize.__version__, "torch": torch.__version__},

@@ -44,6 +44,7 @@ class Manifest(BaseModel):
     captured_by: str
     vocab_size: int | None
     max_positions: int | None
+    padding_moves_positions: bool = True
     stateless_reason: str
     source_config: dict[str, Any] | None
     notes: list[str]
@@ -65,6 +66,7 @@ def save(model: LinearizedModel, directory: str | Path) -> Path:
         captured_by=program.captured_by,
         vocab_size=program.vocab_size,
         max_positions=program.max_positions,
+        padding_moves_positions=program.padding_moves_positions,
         stateless_reason=program.stateless_reason,
         source_config=_plain(program.source_config),
         notes=list(program.notes),
@@ -147,6 +149,7 @@ def read(directory: str | Path) -> tuple[Program, Plan, Report, dict[str, bytes]
         notes=tuple(manifest.notes),
         stateless_reason=manifest.stateless_reason,
         max_positions=manifest.max_positions,
+        padding_moves_positions=manifest.padding_moves_positions,
         source_config=manifest.source_config,
     )
     files = {name: _read_bytes(folder / _inside(name)) for name in manifest.files}

@@ -12,6 +12,7 @@ from linearize.calibration.data import checked_batches, held_out_split, split_ro
 from linearize.calibration.fit import fit_mixer
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.teacher import TeacherStream
+from linearize.calibration.threads import threads_for
 from linearize.mixers import Mixer
 from linearize.pipeline import Keeps, Stage
 from linearize.program import MIXERS, Program
@@ -46,12 +47,16 @@ class CalibrateOutputs:
         mixers = {site.index: attribute(program.module, f"{MIXERS}.{site.index}") for site in program.matched}
         if budget <= 0:
             return program
+        with threads_for(self.teacher):
+            self._run(mixers, budget, program.max_positions)
+        return program
+
+    def _run(self, mixers: dict[int, Mixer], budget: int, longest: int | None) -> None:
         progress = Progress(self.progress)
-        train, held = held_out_split(self._batches(budget, program.max_positions, progress))
+        train, held = held_out_split(self._batches(budget, longest, progress))
         self.report.tokens_fitted = sum(batch.numel() for batch in train) * self.fit.passes
         self.report.tokens_held_out = sum(batch.numel() for batch in held)
         self._fit_all(train, held, mixers, progress)
-        return program
 
     def _batches(self, budget: int, longest: int | None, progress: Progress) -> list[Tensor]:
         if self.calibration is not None:
