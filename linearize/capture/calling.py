@@ -26,6 +26,11 @@ class Call:
     keywords: dict[str, str | None]
     fixed: dict[str, Any]
 
+    def without(self, name: str) -> Call:
+        """The same call with one input left to the model's default."""
+        inputs = {key: value for key, value in self.inputs.items() if key != name}
+        return Call(inputs, {key: value for key, value in self.keywords.items() if key != name}, self.fixed)
+
 
 class LogitsOnly(nn.Module):
     """Positional tensors in, the logits tensor out; what is exported instead of the model itself."""
