@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from linearize.passes.normalise.lift_products import LiftProducts
 from linearize.passes.normalise.reshape_views import ReshapeViews
 from linearize.passes.normalise.strip_asserts import StripAsserts
 from linearize.passes.normalise.strip_noops import StripNoops
 from linearize.passes.normalise.unify_sizes import UnifySizes
 from linearize.pipeline import Pass
 
-NORMALISE_PASSES: tuple[Pass, ...] = (StripAsserts(), ReshapeViews(), StripNoops(), UnifySizes())
+NORMALISE_PASSES: tuple[Pass, ...] = (StripAsserts(), ReshapeViews(), StripNoops(), UnifySizes(), LiftProducts())
