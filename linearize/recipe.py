@@ -118,8 +118,11 @@ class Recipe(BaseModel):
 
 def _sliding_entry(site: Site, size: int) -> PlanEntry:
     """A source's own sliding window is constant memory as it stands: a ring of exactly its keys equals it."""
-    if site.attention.softcap or site.attention.sinks:
-        return PlanEntry(site=site.index, module=site.module, mixer="keep", reason="sliding window with a soft-cap")
+    extra = {"a soft-cap": site.attention.softcap, "sink logits": site.attention.sinks, "ALiBi": site.attention.alibi}
+    beside = [name for name, has in extra.items() if has]
+    if beside:
+        reason = f"sliding window with {' and '.join(beside)}"
+        return PlanEntry(site=site.index, module=site.module, mixer="keep", reason=reason)
     return PlanEntry(
         site=site.index, module=site.module, mixer="window", options={"window": size},
         reason=f"slides over {size} keys in the source already: exact",

@@ -16,11 +16,13 @@ class MaskSpec:
     """Which keys a query may see, read from the mask's values at a probe length, padding kept apart.
 
     `size` is the window (a query sees itself and the `size - 1` keys before it) or the chunk length, else 0.
+    `from_first_token`: chunks start at a row's first real token, not at its first column.
     """
 
     kind: MaskKind
     size: int = 0
     padding: bool = False
+    from_first_token: bool = False
     detail: str = ""
 
     def __str__(self) -> str:
@@ -43,7 +45,11 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One softmax attention in the canonical form of the operator `linearize::attention`."""
+    """One softmax attention in the canonical form of the operator `linearize::attention`.
+
+    `alibi` holds a slope per head: slope_h (j - i) is added to the score of query i and key j, positions counted over
+    a row's real tokens (Press et al. 2022); () for none. `sinks`: a logit per head in every denominator.
+    """
 
     heads: int
     kv_heads: int
@@ -54,6 +60,7 @@ class AttentionSpec:
     mask: MaskSpec
     softcap: float = 0.0
     sinks: bool = False
+    alibi: tuple[float, ...] = ()
     rope: RopeSpec | None = None
     dtype: str = "float32"
 
@@ -68,7 +75,9 @@ class AttentionSpec:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> AttentionSpec:
         rope = RopeSpec(**data["rope"]) if data.get("rope") else None
-        return AttentionSpec(**{**data, "mask": MaskSpec(**data["mask"]), "rope": rope})
+        return AttentionSpec(
+            **{**data, "mask": MaskSpec(**data["mask"]), "rope": rope, "alibi": tuple(data.get("alibi") or ())}
+        )
 
 
 @dataclass(frozen=True)

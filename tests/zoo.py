@@ -105,7 +105,6 @@ MLA = {
     "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 5, "n_routed_experts": 4,
     "moe_intermediate_size": 16,
 }  # fmt: skip
-BIAS = "adds a position-dependent bias"
 PIECES = "could not be continued"
 SHALLOW = {"num_hidden_layers": 1}
 LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -129,7 +128,8 @@ DEEP: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("cohere2", "cohere2", LOCAL, {"masks": ("sliding(6)", "causal")}),
     ("smollm3", "smollm3", {"no_rope_layers": [1, 0]}, {"extras": ("gqa",)}),
     ("deepseek_v3", "deepseek_v3", {**MLA, "n_group": 1, "topk_group": 1}, {}),
-    ("gpt_oss", "gpt_oss", {**EXPERTS, **LOCAL}, {"matched": 0, "not_stepped": PIECES}),
+    ("gpt_oss", "gpt_oss", {**EXPERTS, **LOCAL},
+     {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "sinks", "padding")}),
 )  # fmt: skip
 
 # the long tail, of one layer each
@@ -160,10 +160,10 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("falcon_new", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": LEFT_OUT},
      {"extras": ("fused-qkv", "rope-half(8)")}),  # its keys are repeated before they are rotated, so not seen as gqa
     ("falcon_alibi", "falcon", {"new_decoder_architecture": False, "multi_query": True, "alibi": True,
-                                "head_dim": LEFT_OUT}, {"matched": 0, "refused": 1, "reason": BIAS}),
-    ("bloom", "bloom", {"n_layer": 1, "n_head": 4}, {"matched": 0, "not_stepped": PIECES}),
+                                "head_dim": LEFT_OUT}, {"extras": ("mqa", "alibi", "padding")}),
+    ("bloom", "bloom", {"n_layer": 1, "n_head": 4}, {"extras": ("fused-qkv", "alibi", "padding")}),
     ("mpt", "mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64},
-     {"matched": 0, "refused": 1, "reason": "cannot be evaluated alone"}),
+     {"extras": ("fused-qkv", "alibi", "padding")}),
     ("glm", "glm", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-interleaved(4)")}),
     ("glm4", "glm4", {"partial_rotary_factor": 0.5}, {"extras": ("gqa", "rope-interleaved(4)")}),
     ("nemotron", "nemotron", {"partial_rotary_factor": 0.5}, {"extras": ("gqa",)}),
@@ -172,7 +172,12 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("apertus", "apertus", {}, {"extras": ("gqa", "qk-norm")}),
     ("deepseek_v2", "deepseek_v2", MLA, {}),
     ("xglm", "xglm", {"d_model": 32, "ffn_dim": 64, "num_layers": 1, "attention_heads": 4},
-     {"matched": 0, "not_stepped": PIECES}),
+     {"extras": ("padding",)}),
+    ("llama4", "llama4_text", {"num_hidden_layers": 4, "attention_chunk_size": 6, "num_local_experts": 4,
+                               "intermediate_size_mlp": 64, "rope_parameters": {"rope_type": "default",
+                               "rope_theta": 10000.0}},
+     {"matched": 4, "masks": ("chunked(6)", "chunked(6)", "chunked(6)", "causal"), "extras": ("gqa", "padding")}),
+    ("roberta", "roberta", {"is_decoder": True}, {"not_stepped": PIECES}),
     ("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, {"extras": ("qk-norm",)}),
     ("hunyuan", "hunyuan_v1_dense", {}, {"extras": ("qk-norm",)}),
 )  # fmt: skip
@@ -218,17 +223,17 @@ PLAIN: tuple[Entry, ...] = (
     _plain("tutorial_transformer", plain.TutorialTransformer, True, matched=2, limit=64),
     _plain("manual_causal", LEARNED, plain.ManualCausal, limit=64),
     _plain("soft_capped", LEARNED, plain.SoftCapped, extras=("softcap(3)",), limit=64),
+    _plain("sink_logits", LEARNED, plain.SinkLogits, extras=("sinks",), limit=64),
+    _plain("alibi_manual", BARE, plain.AlibiManual, extras=("alibi",)),
+    _plain("alibi_sdpa", BARE, plain.AlibiSDPA, extras=("alibi",)),
+    _plain("chunked", LEARNED, plain.ChunkedLocal, masks=("chunked(6)",), limit=64),
     # refused, left as they are, and right
-    _plain("alibi_manual", BARE, plain.AlibiManual, matched=0, refused=1, reason=BIAS),
-    _plain("alibi_sdpa", BARE, plain.AlibiSDPA, matched=0, refused=1, reason=BIAS),
-    _plain("chunked", LEARNED, plain.ChunkedLocal, matched=0, refused=1, reason="its mask is chunked(6)"),
     _plain("prefix", LEARNED, plain.PrefixVisible, matched=0, refused=1, reason="shows 3 future keys"),
     _plain("strided", LEARNED, plain.Strided, matched=0, refused=1, reason="hides 576 past ones"),
     _plain("thresholded", LEARNED, plain.Thresholded, matched=0, refused=1, reason="depends on the hidden states"),
     _plain("memory_tokens", LEARNED, plain.MemoryTokens, matched=0, refused=1, reason="the key axis has length 5"),
     # attentions that are not seen at all yet: compile must notice that the state misses them
     _plain("einsum_causal", LEARNED, plain.EinsumCausal, matched=0, not_stepped=PIECES),
-    _plain("sink_logits", LEARNED, plain.SinkLogits, matched=0, not_stepped=PIECES),
     # no softmax, or a memory outside of the attention: never silently wrong
     _plain("linear_attention", LEARNED, plain.LinearAttention, matched=0, not_stepped=PIECES),
     _plain("cumsum_positions", plain.CumsumPositions, plain.FusedSDPA, not_stepped=PIECES),

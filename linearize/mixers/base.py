@@ -50,6 +50,10 @@ class Mixer(nn.Module):
             return f"{cls.name} does not carry the soft-cap of {site.attention.softcap:g}"
         if site.attention.sinks:
             return f"{cls.name} does not carry the teacher's sink logits"
+        if site.attention.alibi:
+            return f"{cls.name} does not carry the teacher's linear position bias (ALiBi)"
+        if site.attention.mask.kind == "chunked":
+            return f"{cls.name} does not carry the teacher's chunks of {site.attention.mask.size}"
         return None
 
     def state(self) -> tuple[StateTensor, ...]:

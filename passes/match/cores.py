@@ -22,7 +22,7 @@ CASTS = (aten._to_copy, aten.to, aten.clone, aten.dropout, aten.contiguous)
 VIEWS = (aten.reshape, aten.view, aten.expand, aten.squeeze, aten.unsqueeze)
 # What may stand between the query-key product and the softmax, with the positions of operands that are not scores.
 SCORE_STEPS = (
-    aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten.where, aten.masked_fill, aten.cat, aten.maximum,
+    aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten.where, aten.masked_fill, aten.cat, aten.maximum, aten.max,
     aten.clamp, aten.slice, *CASTS, *VIEWS,
 )  # fmt: skip
 
@@ -31,8 +31,8 @@ SCORE_STEPS = (
 class Core:
     """One softmax attention: query [.., T, d], key [.., S, d], value [.., S, dv] as the product operators take them.
 
-    `scores` is the node that softmax normalises and `product` the query-key product it comes from; both None for an
-    SDPA call, whose mask is `mask` and whose causal flag is `causal`.
+    `scores` is the node that softmax normalises (less the sinks, a parameter [H] concatenated to it) and `product` the
+    query-key product it comes from; both None for an SDPA call, whose mask is `mask` and whose causal flag is `causal`.
     """
 
     anchor: fx.Node
@@ -45,6 +45,7 @@ class Core:
     mask: fx.Node | None = None
     causal: bool = False
     product: fx.Node | None = None
+    scores: fx.Node | None = None
     key_transposed: bool = False
     sinks: fx.Node | None = None
 
@@ -102,8 +103,9 @@ def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
         return Refusal(node, "no product with values after this softmax", tuple(chain), is_attention=False)
     if is_op(product, aten.bmm, aten.baddbmm) or len(shape_of(product)) != 4:
         return Refusal(node, f"query-key product of rank {len(shape_of(product))} is not raised yet", (*chain, product))
-    if any(is_op(step, aten.cat) for step in chain):
-        return Refusal(node, "sinks concatenated to the scores are not raised yet", (*chain, product))
+    scores, sinks = _read_sinks(chain, product)
+    if isinstance(sinks, str):
+        return Refusal(node, sinks, (*chain, product))
     scale, softcap, refusal = _read_scalars(chain)
     if refusal is not None:
         return Refusal(node, refusal, (*chain, product))
@@ -122,6 +124,8 @@ def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
         scale=scale * query_scale * key_scale,
         softcap=softcap,
         product=product,
+        scores=scores,
+        sinks=sinks,
         key_transposed=not swapped,
     )
 
@@ -146,14 +150,35 @@ def _score_operand(node: fx.Node, activations: set[fx.Node]) -> fx.Node | None:
     return candidates[0] if candidates else None
 
 
+def _read_sinks(chain: list[fx.Node], product: fx.Node) -> tuple[fx.Node | None, fx.Node | str | None]:
+    """(What softmax normalises without its sinks, the parameter [H] that the sinks are); a text in place of the
+    parameter where something else is concatenated."""
+    joins = [position for position, step in enumerate(chain) if is_op(step, aten.cat)]
+    if not joins:
+        return chain[0].args[0], None  # type: ignore[return-value]
+    parts = chain[joins[0]].args[0]
+    following = chain[joins[0] + 1] if joins[0] + 1 < len(chain) else product
+    heads = shape_of(product)[1]
+    if len(joins) > 1 or len(parts) != 2 or parts[0] is not following:  # type: ignore[arg-type,index]
+        return None, "more than the scores and one logit a head are concatenated before the softmax"
+    behind = walk_back(parts[1], lambda step: is_op(step, *CASTS, *VIEWS))  # type: ignore[index,arg-type]
+    if (
+        behind.op != "get_attr"
+        or shape_of(behind) != (heads,)
+        or shape_of(chain[joins[0]])[-1] != shape_of(product)[-1] + 1
+    ):
+        return None, f"what is concatenated to the scores is no parameter of one logit a head, but {behind.name}"
+    return following, behind
+
+
 def _walk_to_values(node: fx.Node) -> fx.Node | None:
-    """From the softmax forward through casts to the product whose left operand it is."""
+    """From the softmax forward through casts, views and the cut of a sink to the product whose left operand it is."""
     current = node
     while len(users := list(current.users)) == 1:
         (user,) = users
         if is_op(user, *PRODUCTS) and user.args[0] is current:
             return user
-        if not is_op(user, *CASTS):
+        if not is_op(user, *CASTS, *VIEWS, aten.slice):
             return None
         current = user
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from linearize.rewriting.walk import cone, evaluate
 from linearize.spec import MaskSpec
 
 MIN_PROBE, MAX_PROBE = 48, 8200
+MARGIN = 19
 PADDED = 5
 MASKED_BELOW = -5e3  # sources fill with -1e4, -1e9, finfo.min or -inf; position biases at a probe's length stay above
 
@@ -22,6 +24,7 @@ class MaskReading:
 
     spec: MaskSpec | None
     reason: str = ""
+    alibi: tuple[float, ...] = ()
 
 
 def read_mask(program: Program, mask: fx.Node | None, causal: bool, activations: set[fx.Node]) -> MaskReading:
@@ -33,30 +36,84 @@ def read_mask(program: Program, mask: fx.Node | None, causal: bool, activations:
     length = probe_length(mask)
     if length is None:
         return MaskReading(None, f"the mask {mask.name} has a constant above {MAX_PROBE}, longer than can be probed")
-    (value,) = evaluate(program.module, [mask], _padded_inputs(program, length))
+    try:
+        value = _at_probe(length, lambda at: evaluate(program.module, [mask], _padded_inputs(program, at))[0])
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        return MaskReading(None, f"the mask {mask.name} cannot be evaluated alone: {str(error).splitlines()[0]}")
     allowed, bias = split_mask(value)
-    if bias:
-        return MaskReading(None, f"the mask {mask.name} adds a position-dependent bias to the scores")
+    length = allowed.shape[-1]
     if causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
-    return classify(allowed, padded=_has_padding(program))
+    return _with_bias(classify(allowed, padded=_has_padding(program)), value, allowed, bias, f"the mask {mask.name}")
 
 
-def read_score_mask(program: Program, scores: fx.Node, product: fx.Node, activations: set[fx.Node]) -> MaskReading:
+def read_score_mask(
+    program: Program, scores: fx.Node, product: fx.Node, activations: set[fx.Node], heads: int
+) -> MaskReading:
     """Classify what stands between a query-key product and its softmax, whatever it is written with: evaluate the
     scores with the product set to 0, which leaves what is added or filled in."""
     length = probe_length(scores, stop=product)
     if length is None:
         return MaskReading(None, f"the chain to {scores.name} has a constant above {MAX_PROBE}, too long to probe")
-    zeros = torch.zeros(2, int(product.meta["val"].shape[1]), length, length, dtype=product.meta["val"].dtype)
+
+    def at_length(length: int) -> torch.Tensor:
+        zeros = torch.zeros(2, heads, length, length, dtype=product.meta["val"].dtype)
+        return evaluate(program.module, [scores], {**_padded_inputs(program, length), product: zeros})[0]
+
     try:
-        (value,) = evaluate(program.module, [scores], {**_padded_inputs(program, length), product: zeros})
+        value = _at_probe(length, at_length)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         return MaskReading(None, f"the chain to {scores.name} cannot be evaluated alone: {str(error).splitlines()[0]}")
+    if value.ndim == 3 and value.shape[0] == 2 * heads:  # batch and heads merged
+        value = value.unflatten(0, (2, heads))
     allowed, bias = split_mask(value)
-    if bias:
-        return MaskReading(None, f"the chain to {scores.name} adds a position-dependent bias to the scores")
-    return classify(allowed, padded=_has_padding(program))
+    return _with_bias(
+        classify(allowed, padded=_has_padding(program)), value, allowed, bias, f"the chain to {scores.name}"
+    )
+
+
+def _at_probe(length: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The mask's value at the probe length, or at the constant it was chosen above where the source ends there (a
+    table of biases with as many rows): no longer window can ever show."""
+    try:
+        return read(length)
+    except (RuntimeError, IndexError):
+        if length - MARGIN <= MIN_PROBE:
+            raise
+        return read(length - MARGIN)
+
+
+def _with_bias(reading: MaskReading, value: torch.Tensor, allowed: torch.Tensor, bias: bool, what: str) -> MaskReading:
+    """The reading with the slopes of a position-dependent bias, or refused where the bias is not linear in distance."""
+    if not bias or reading.spec is None or reading.spec.kind == "other":
+        return reading if not bias else replace(reading, spec=None, reason=_bias_reason(what))
+    slopes = read_slopes(_rank4(value.float()), allowed)
+    if slopes is None:
+        return MaskReading(None, _bias_reason(what))
+    return replace(reading, alibi=slopes)
+
+
+def _bias_reason(what: str) -> str:
+    return f"{what} adds a position-dependent bias to the scores that is not linear in the distance (ALiBi)"
+
+
+def read_slopes(value: torch.Tensor, allowed: torch.Tensor) -> tuple[float, ...] | None:
+    """ALiBi's slope per head if, up to a constant per query, `value` [B, H, T, S] is slope_h j wherever `allowed`;
+    None otherwise. Rows of padding are nobody's business."""
+    value, allowed = (tensor.expand(-1, value.shape[1], -1, -1) for tensor in (value, allowed))
+    last, length = value[0, :, -1], value.shape[-1]
+    low = length - int(allowed[0, 0, -1].sum())
+    if value.shape[-2] != length or length - low < 2:
+        return None
+    slopes = (last[:, -1] - last[:, low]) / (length - 1 - low)
+    rest = (value - slopes[:, None, None] * torch.arange(length)).masked_fill(~allowed, float("nan"))
+    start = PADDED if value.shape[0] > 1 else 0
+    for row, first in ((0, 0), (value.shape[0] - 1, start)):
+        each = rest[row, :, first:]
+        spread = each.nan_to_num(nan=float("-inf")).amax(-1) - each.nan_to_num(nan=float("inf")).amin(-1)
+        if not bool((spread <= 1e-5 * (1 + slopes.abs()[:, None] * length)).all()):
+            return None
+    return tuple(float(slope) for slope in slopes)
 
 
 def split_mask(value: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -84,7 +141,7 @@ def probe_length(mask: fx.Node, stop: fx.Node | None = None) -> int | None:
     longest = max([constant for constant in constants if constant < 1 << 24], default=0)
     if longest <= MIN_PROBE:
         return max(MIN_PROBE, 2 * longest + 3)
-    return longest + 19 if longest + 19 <= MAX_PROBE else None
+    return longest + MARGIN if longest + MARGIN <= MAX_PROBE else None
 
 
 def _padded_inputs(program: Program, length: int) -> dict[fx.Node, torch.Tensor]:
@@ -118,11 +175,26 @@ def classify(allowed: torch.Tensor, padded: bool) -> MaskReading:
 def _check_padding(row: torch.Tensor, base: torch.Tensor, spec: MaskSpec) -> MaskReading:
     if torch.equal(row, base):
         return MaskReading(spec)
+    moved = spec.kind == "chunked" and not _hides_padding(row, base)
+    if not _hides_padding(row, _padded_chunks(base, spec.size) if moved else base):
+        return MaskReading(None, "padding changes the mask in another way than hiding the padded keys")
+    if spec.kind == "chunked" and PADDED % spec.size == 0 and spec.size > 1:
+        return MaskReading(
+            None, f"whether padding moves chunks of {spec.size} cannot be told from {PADDED} padded keys"
+        )
+    return MaskReading(MaskSpec(spec.kind, spec.size, padding=True, from_first_token=moved))
+
+
+def _hides_padding(row: torch.Tensor, base: torch.Tensor) -> bool:
     expected = base.clone()
     expected[:, :PADDED] = False
-    if not torch.equal(row[PADDED:], expected[PADDED:]):  # rows of padding themselves are nobody's business
-        return MaskReading(None, "padding changes the mask in another way than hiding the padded keys")
-    return MaskReading(MaskSpec(spec.kind, spec.size, padding=True))
+    return torch.equal(row[PADDED:], expected[PADDED:])  # rows of padding themselves are nobody's business
+
+
+def _padded_chunks(base: torch.Tensor, size: int) -> torch.Tensor:
+    """Chunks counted from the row's first real token."""
+    token = torch.arange(base.shape[0]) - PADDED
+    return base.new_ones(base.shape).tril() & (token[:, None] // size == token[None, :] // size)
 
 
 def _name(base: torch.Tensor) -> MaskSpec | None:

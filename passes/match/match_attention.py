@@ -10,7 +10,7 @@ from torch import fx
 
 from linearize.passes.match import region
 from linearize.passes.match.cores import Core, Refusal, find_cores
-from linearize.passes.match.masks import read_mask, read_score_mask
+from linearize.passes.match.masks import MaskReading, read_mask, read_score_mask
 from linearize.passes.match.validate import core_disagreement, read_rope
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program, node_scope
@@ -18,7 +18,7 @@ from linearize.rewriting.walk import is_op, shape_of
 from linearize.spec import AttentionSpec, MaskSpec, NoMatch, RopeSpec, Site, SiteNodes
 
 aten = torch.ops.aten
-MATCHED_MASKS = ("causal", "sliding")
+MATCHED_MASKS = ("causal", "sliding", "chunked")
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,14 @@ def match_core(flow: region.Flow, core: Core, index: int) -> Site | NoMatch:
     reason = _shape_refusal(core)
     if reason is not None:
         return _refused(index, Refusal(core.anchor, reason, (core.query, core.key)))
-    mask, reason = _mask_of(flow, core)
+    reading = _mask_of(flow, core)
+    mask, reason = reading.spec, reading.reason
     if mask is None or mask.kind not in MATCHED_MASKS:
         why = reason or f"its mask is {mask}: {_mask_help(mask)}"
         chain = tuple(node for node in (core.mask, core.anchor) if node is not None)
         return _refused(index, Refusal(core.anchor, why, chain))
     key, value = _kv_nodes(flow, core)
-    spec = _spec(flow, core, key, value, mask)
+    spec = replace(_spec(flow, core, key, value, mask), alibi=reading.alibi)
     reason = core_disagreement(flow.program, core, key, value, spec)
     if reason is not None:
         return _refused(index, Refusal(core.anchor, reason, (core.query, core.key, core.value, core.output)))
@@ -72,25 +73,26 @@ def _shape_refusal(core: Core) -> str | None:
         return f"the query axis has the fixed length {query[2]}, not the sequence's"
     if isinstance(key[2], int) or str(key[2]) != str(query[2]):
         return f"the key axis has length {key[2]}, not the sequence's {query[2]} (cross-attention or compressed keys)"
+    if str(value[2]) != str(key[2]):
+        return f"there are {value[2]} values for {key[2]} keys"
     if not all(isinstance(dim, int) for dim in (query[1], query[3], key[1], key[3], value[1], value[3])):
         return "the number of heads or the head dim is not constant"
     return None
 
 
-def _mask_of(flow: region.Flow, core: Core) -> tuple[MaskSpec | None, str]:
+def _mask_of(flow: region.Flow, core: Core) -> MaskReading:
     if core.product is not None:
-        scores = core.anchor.args[0]
-        assert isinstance(scores, fx.Node)
-        reading = read_score_mask(flow.program, scores, core.product, flow.activations)
-        return reading.spec, reading.reason
-    reading = read_mask(flow.program, core.mask, core.causal, flow.activations)
-    return reading.spec, reading.reason
+        assert core.scores is not None
+        return read_score_mask(
+            flow.program, core.scores, core.product, flow.activations, int(shape_of(core.product)[1])
+        )
+    return read_mask(flow.program, core.mask, core.causal, flow.activations)
 
 
 def _mask_help(mask: MaskSpec | None) -> str:
     if mask is not None and mask.kind == "full":
         return "every query sees every key, which no decoder's self-attention does"
-    return "only causal and sliding masks are raised"
+    return "only causal, sliding and chunked masks are raised"
 
 
 def _kv_nodes(flow: region.Flow, core: Core) -> tuple[fx.Node, fx.Node]:
@@ -112,6 +114,7 @@ def _spec(flow: region.Flow, core: Core, key: fx.Node, value: fx.Node, mask: Mas
         scale=core.scale,
         mask=mask,
         softcap=core.softcap,
+        sinks=core.sinks is not None,
         dtype=str(core.query.meta["val"].dtype).removeprefix("torch."),
     )
 
@@ -134,6 +137,7 @@ def _surroundings(flow: region.Flow, core: Core, index: int, key: fx.Node, value
             key=key.name,
             value=value.name,
             mask=core.mask.name if core.mask is not None else None,
+            sinks=core.sinks.name if core.sinks is not None else None,
             hidden=hidden.name if hidden is not None else None,
             query_unrotated=plain_query.name if plain_query is not None else None,
             key_unrotated=plain_key.name if plain_key is not None else None,
@@ -178,6 +182,10 @@ def _extras(flow: region.Flow, spec: AttentionSpec, projections: list[fx.Node], 
         extras.append("qk-norm")
     if spec.softcap:
         extras.append(f"softcap({spec.softcap:g})")
+    if spec.sinks:
+        extras.append("sinks")
+    if spec.alibi:
+        extras.append("alibi")
     if spec.mask.padding:
         extras.append("padding")
     return tuple(extras)

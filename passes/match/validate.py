@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from linearize.ops import attention
+from linearize.ops.position_bias import position_bias
 from linearize.passes.match.cores import Core
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 from linearize.rewriting.walk import evaluate, shape_of
@@ -42,18 +43,25 @@ def core_disagreement(program: Program, core: Core, key: fx.Node, value: fx.Node
         query,
         keys,
         values,
+        _bias_of(spec, length),
+        None if core.sinks is None else evaluate(program.module, [core.sinks], {})[0],
         scale=spec.scale,
         softcap=spec.softcap,
         causal=spec.mask.kind != "full",
         window=window_of(spec),
     )
-    if spec.mask.kind == "chunked":
-        return None  # the operator has no chunks; the mask was compared by value
     if actual.shape != expected.shape:
         return f"the matched nodes give shape {list(actual.shape)}, the operator {list(expected.shape)}"
     worst = (actual.float() - expected.float()).abs().max().item()
     tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else 3e-2
     return None if worst <= tolerance else f"the matched nodes differ from the operator by {worst:.2g} on random inputs"
+
+
+def _bias_of(spec: AttentionSpec, length: int) -> torch.Tensor | None:
+    seen = torch.ones(2, length, dtype=torch.bool)
+    chunk = spec.mask.size if spec.mask.kind == "chunked" else 0
+    slopes = torch.tensor(spec.alibi) if spec.alibi else None
+    return position_bias(seen, seen, chunk, slopes, from_first_token=False) if chunk or spec.alibi else None
 
 
 def window_of(spec: AttentionSpec) -> int:

@@ -16,7 +16,7 @@ from linearize.errors import CaptureError, VerificationError
 from linearize.passes.match.masks import PADDED, classify
 from linearize.passes.match.region import owner_name
 from linearize.program import Program
-from linearize.spec import NoMatch
+from linearize.spec import MaskSpec, NoMatch
 from tests import zoo
 from tests.plain_models import DIM, Decoder, Projected
 
@@ -71,9 +71,38 @@ def mask_from_hidden_states(self: Projected, x: Tensor) -> Tensor:
 
 def relative_bias(self: Projected, x: Tensor) -> Tensor:
     t = torch.arange(x.shape[1], device=x.device)
-    bias = -0.3 * (t[:, None] - t[None, :]).float().abs()
+    bias = -0.3 * (t[:, None] - t[None, :]).float().abs().sqrt()
     bias = bias.masked_fill(~causal(x), float("-inf"))
     return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=bias))
+
+
+def bias_by_column(self: Projected, x: Tensor) -> Tensor:
+    """Linear over the first keys, flat beyond: clipped distances."""
+    t = torch.arange(x.shape[1], device=x.device)
+    bias = -0.3 * (t[:, None] - t[None, :]).clamp(0, 20).float()
+    bias = bias.masked_fill(~causal(x), float("-inf"))
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=bias))
+
+
+def sink_from_the_query(self: Projected, x: Tensor) -> Tensor:
+    """The denominator's extra logit is computed from the query."""
+    q, k, v = self.heads(x)
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~causal(x), float("-inf"))
+    return self.merge(torch.cat([scores, q[..., :1]], -1).softmax(-1)[..., :-1] @ v)
+
+
+def two_sinks(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~causal(x), float("-inf"))
+    zero = torch.zeros_like(scores[..., :1])
+    return self.merge(torch.cat([scores, zero, zero], -1).softmax(-1)[..., :-2] @ v)
+
+
+def dropped_last_key(self: Projected, x: Tensor) -> Tensor:
+    """The newest key is cut from the weights, as if it were a sink."""
+    q, k, v = self.heads(x)
+    weights = (q @ k.transpose(-1, -2)).masked_fill(~causal(x), float("-inf")).softmax(-1)
+    return self.merge(weights[..., :-1] @ v[:, :, :-1])
 
 
 def summed_scores(self: Projected, x: Tensor) -> Tensor:
@@ -111,6 +140,10 @@ REFUSALS: tuple[tuple[Attend, str], ...] = (
     (far_window, "has a constant above 8200, longer than can be probed"),
     (mask_from_hidden_states, "depends on the hidden states"),
     (relative_bias, "adds a position-dependent bias to the scores"),
+    (bias_by_column, "not linear in the distance (ALiBi)"),
+    (sink_from_the_query, "what is concatenated to the scores is no parameter of one logit a head"),
+    (two_sinks, "more than the scores and one logit a head are concatenated before the softmax"),
+    (dropped_last_key, "values for "),
     (clamped_scores, "the matched nodes differ from the operator by"),
     (scaled_by_position, "scores scaled by the tensor"),
     (capped_twice, "two soft-caps in one chain"),
@@ -227,6 +260,16 @@ def test_masks_that_treat_heads_or_padding_in_their_own_way_are_refused() -> Non
     odd = hidden_padding(CAUSAL)
     odd[1, 0, -1, 7] = False
     assert classify(odd, padded=True).reason.startswith("padding changes the mask in another way")
+
+
+def test_chunks_are_counted_from_the_first_real_token_where_padding_moves_them() -> None:
+    chunks = CAUSAL & (ROW // 4 == COLUMN // 4)
+    moved = CAUSAL & ((ROW - PADDED) // 4 == (COLUMN - PADDED) // 4) & (COLUMN >= PADDED)
+    by_column, by_token = classify(hidden_padding(chunks), True), classify(torch.stack([chunks, moved])[:, None], True)
+    assert by_column.spec == MaskSpec("chunked", 4, padding=True, from_first_token=False)
+    assert by_token.spec == MaskSpec("chunked", 4, padding=True, from_first_token=True)
+    unclear = CAUSAL & (ROW // PADDED == COLUMN // PADDED)
+    assert "cannot be told" in classify(hidden_padding(unclear), True).reason
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

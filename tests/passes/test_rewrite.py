@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import linearize
+from linearize.capture.torch_export import capture_graph
 from linearize.errors import RecipeError, VerificationError
 from linearize.passes import CAPTURE_PASSES
 from linearize.passes.lower import LOWER_PASSES
@@ -47,6 +50,14 @@ def raised(program: Program, **changes: object) -> Program:
         ("gemma3", {"mask": MaskSpec("causal", padding=True)}),
         ("granite", {"scale": 8**-0.5}),
         ("bool_mask", {"scale": 8**-0.5}),
+        ("gpt_oss", {"sinks": False}),
+        ("sink_logits", {"sinks": False}),
+        ("bloom", {"alibi": ()}),
+        ("bloom", {"alibi": (0.0625, 0.25, 0.015625, 0.00390625)}),
+        ("falcon_alibi", {"alibi": ()}),
+        ("alibi_sdpa", {"alibi": ()}),
+        ("chunked", {"mask": MaskSpec("causal")}),
+        ("chunked", {"mask": MaskSpec("chunked", 7)}),
     ],
 )
 def test_a_feature_that_were_ignored_would_show(name: str, ignored: dict) -> None:
@@ -154,8 +165,40 @@ def test_a_pass_that_breaks_shapes_is_named() -> None:
         run_pipeline(zoo.captured("nano_gpt"), [Break()])  # type: ignore[list-item]
 
 
-def test_a_plan_entry_for_a_mixer_that_would_lose_a_feature_is_refused() -> None:
-    program = run_pipeline(zoo.captured("soft_capped"), [RaiseAttention()])
-    plan = Plan(entries=(PlanEntry(site=0, module="blocks.0.attn", mixer="window"),))
-    with pytest.raises(RecipeError, match=r"site 0 \(blocks.0.attn\): window does not carry the soft-cap of 3"):
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("soft_capped", "the soft-cap of 3"),
+        ("sink_logits", "the teacher's sink logits"),
+        ("alibi_manual", r"the teacher's linear position bias \(ALiBi\)"),
+        ("chunked", "the teacher's chunks of 6"),
+    ],
+)
+@pytest.mark.parametrize("mixer", ["window", "lolcats", "lizard"])
+def test_a_plan_entry_for_a_mixer_that_would_lose_a_feature_is_refused(name: str, feature: str, mixer: str) -> None:
+    program = run_pipeline(zoo.captured(name), [RaiseAttention()])
+    plan = Plan(entries=(PlanEntry(site=0, module="blocks.0.attn", mixer=mixer),))
+    with pytest.raises(RecipeError, match=rf"site 0 \(blocks.0.attn\): {mixer} does not carry {feature}"):
         InsertMixers(plan).run(program)
+
+
+def test_sliding_sinks_are_kept_and_say_why() -> None:
+    entry = zoo.compiled("gpt_oss", "lolcats").plan.entries[0]
+    assert (entry.mixer, entry.reason) == ("keep", "sliding window with sink logits")
+
+
+@pytest.mark.parametrize("name", ["bloom", "xglm"])
+def test_products_of_rank_3_are_lifted_exactly(name: str) -> None:
+    text = zoo.captured(name).history[-1].text
+    assert "bmm" not in text
+    program = zoo.captured(name)
+    assert all(program.node(site.nodes.key).meta["val"].ndim == 4 for site in program.matched)
+    check_exact(capture_graph(zoo.source(name)), program, "normalise")
+
+
+@pytest.mark.parametrize("name", ["bloom", "chunked", "sink_logits"])
+def test_kept_positions_and_sinks_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, ids = zoo.compiled(name), zoo.tokens(2, 15)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(linearize.load(tmp_path / "model")(ids).logits, model(ids).logits)
