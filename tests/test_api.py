@@ -153,9 +153,9 @@ def test_inspect_describes_every_site() -> None:
     assert {key: first[key] for key in ("index", "module", "status", "heads", "kv_heads", "head_dim")} == {
         "index": 0, "module": "model.layers.0.self_attn", "status": "matched", "heads": 4, "kv_heads": 2, "head_dim": 8,
     }  # fmt: skip
-    refused = describe(zoo.captured("alibi_sdpa"))["sites"][0]
+    refused = describe(zoo.captured("strided"))["sites"][0]
     assert refused["status"] == "refused"
-    assert "position-dependent bias" in refused["reason"]
+    assert "hides 576 past ones" in refused["reason"]
     assert refused["plan"] is None
     assert refused["mask"] is None
 

@@ -144,8 +144,8 @@ def test_passing_the_learned_positions_is_a_state_error(name: str) -> None:
 
 
 def test_a_model_with_a_refused_site_runs_whole_sequences_and_says_why_it_cannot_step() -> None:
-    model = zoo.compiled("alibi_sdpa")
-    with pytest.raises(StateError, match=r"site 0 \(blocks.0.attn\) was left as it is: .*position-dependent bias"):
+    model = zoo.compiled("strided")
+    with pytest.raises(StateError, match=r"site 0 \(blocks.0.attn\) was left as it is: .*hides 576 past ones"):
         model.step(zoo.tokens(1, 3))
     assert model.report.refused[0].startswith("site 0 (blocks.0.attn)")
 
