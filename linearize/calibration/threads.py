@@ -16,8 +16,9 @@ SMALL = 20_000_000
 def threads_for(program: Program) -> Iterator[None]:
     """One thread for a model of fewer than 20M parameters on a CPU, torch's own number otherwise.
 
-    The operators of a small model are shorter than the wait for a second thread. Measured on the embedded model, two
-    cores of which another process used one: sampling and fitting took 82 s on one thread and 469 s on two.
+    The operators of a small model are shorter than the wait for a second thread, above all where another process
+    wants the core. Two runs of `linearize demo` on two busy cores: its step "compile and fit" took 77 s on one thread
+    and 469 s on two. How the two compare on idle cores was not measured.
     """
     parameters = sum(parameter.numel() for parameter in program.module.parameters())
     if program.device.type != "cpu" or parameters >= SMALL:
