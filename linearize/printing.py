@@ -158,8 +158,16 @@ def _refused_details(site: NoMatch) -> RenderableType:
     rows = table("", "")
     if site.source:
         rows.add_row("written in", site.source)
-    rows.add_row("looked at", "\n".join(site.chain or site.nodes))
-    return Group(*parts, rows)
+    rows.add_row("looked at", "" if site.chain else "\n".join(site.nodes))
+    chain = [_chain_line(line, stopped=at == site.stopped_at) for at, line in enumerate(site.chain)]
+    return Group(*parts, rows, *chain)
+
+
+def _chain_line(line: str, stopped: bool) -> Text:
+    code, _, shape = line.partition("  # ")
+    mark = ("> ", "yellow") if stopped else ("  ", "")
+    stop = ("  <- stopped here", "yellow") if stopped else ("", "")
+    return Text.assemble(mark, (code, "bold" if stopped else ""), (f"  {shape}", "dim"), stop)
 
 
 def _matched_details(site: Site, plan: Plan | None) -> RenderableType:

@@ -158,10 +158,11 @@ def _node_lines(graph: fx.Graph) -> Iterator[str]:
         if owner and owner != scope:
             scope = owner
             yield f"# {scope}"
-        yield _node_line(node)
+        yield node_line(node)
 
 
-def _node_line(node: fx.Node) -> str:
+def node_line(node: fx.Node) -> str:
+    """One line of `program_text`: `name = operator(arguments)  # dtype[shape]`."""
     if node.op == "output":
         return f"return {_show(node.args[0])}"
     args = [_show(arg) for arg in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]

@@ -118,7 +118,11 @@ class Site:
 
 @dataclass(frozen=True)
 class NoMatch:
-    """An attention (or a softmax that looks like one) that is left alone, why, and the node that stopped the match."""
+    """An attention (or a softmax that looks like one) that is left alone, and why.
+
+    `chain` holds the program lines of `nodes`, the ones that were looked at, from the softmax on; `stopped_at` is the
+    place in it of the one that stopped the match, None where a fact about all of them did. `source` is a file and line.
+    """
 
     index: int
     module: str
@@ -126,5 +130,6 @@ class NoMatch:
     nodes: tuple[str, ...] = ()
     source: str = ""
     chain: tuple[str, ...] = field(default=())
+    stopped_at: int | None = None
 
     matched = False

@@ -7,11 +7,12 @@ but checked by value afterwards (`validate.py`): models mask before they scale, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from linearize.passes.match.near_miss import Refusal
 from linearize.rewriting.walk import is_op, shape_of, walk_back
 
 aten = torch.ops.aten
@@ -33,6 +34,7 @@ class Core:
 
     `scores` is the node that softmax normalises (less the sinks, a parameter [H] concatenated to it) and `product` the
     query-key product it comes from; both None for an SDPA call, whose mask is `mask` and whose causal flag is `causal`.
+    `chain` is what was walked, from the anchor to the product.
     """
 
     anchor: fx.Node
@@ -48,16 +50,7 @@ class Core:
     scores: fx.Node | None = None
     key_transposed: bool = False
     sinks: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An anchor that is no attention we can raise: why, and the nodes walked through, the last being the stopper."""
-
-    anchor: fx.Node
-    reason: str
-    chain: tuple[fx.Node, ...] = field(default=())
-    is_attention: bool = True
+    chain: tuple[fx.Node, ...] = ()
 
 
 def find_cores(graph: fx.Graph, activations: set[fx.Node]) -> Iterator[Core | Refusal]:
@@ -75,9 +68,9 @@ def _read_sdpa(node: fx.Node) -> Core | Refusal:
     bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, value = (bound[name] for name in ("query", "key", "value"))
     if len(shape_of(query)) != 4:
-        return Refusal(node, f"SDPA on tensors of rank {len(shape_of(query))}, not [B, H, T, d]", (node,))
+        return Refusal(node, f"SDPA on tensors of rank {len(shape_of(query))}, not [B, H, T, d]", (node, query), query)
     if float(bound.get("dropout_p") or 0.0) > 0.0:
-        return Refusal(node, "SDPA with dropout: capture the model in eval mode", (node,))
+        return Refusal(node, "SDPA with dropout: capture the model in eval mode", (node,), node)
     scale = bound.get("scale")
     return Core(
         anchor=node,
@@ -88,30 +81,33 @@ def _read_sdpa(node: fx.Node) -> Core | Refusal:
         scale=float(scale) if scale is not None else float(shape_of(query)[-1]) ** -0.5,
         mask=bound.get("attn_mask"),
         causal=bool(bound.get("is_causal", False)),
+        chain=(node,),
     )
 
 
 def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
     dim = node.args[1]
     if dim not in (-1, len(shape_of(node)) - 1):
-        return Refusal(node, f"softmax over dim {dim}, not the last", (node,), is_attention=False)
+        return Refusal(node, f"softmax over dim {dim}, not the last", (node,), node, is_attention=False)
     chain, product = _walk_to_product(node, activations)
     if product is None:
-        return Refusal(node, "no query-key product behind this softmax", tuple(chain), is_attention=False)
+        return Refusal(node, "no query-key product behind this softmax", tuple(chain), chain[-1], is_attention=False)
     forward = _walk_to_values(node)
     if forward is None:
-        return Refusal(node, "no product with values after this softmax", tuple(chain), is_attention=False)
+        return Refusal(node, "no product with values after this softmax", tuple(chain), node, is_attention=False)
     if is_op(product, aten.bmm, aten.baddbmm) or len(shape_of(product)) != 4:
-        return Refusal(node, f"query-key product of rank {len(shape_of(product))} is not raised yet", (*chain, product))
+        reason = f"query-key product of rank {len(shape_of(product))} is not raised yet"
+        return Refusal(node, reason, (*chain, product), product)
     scores, sinks = _read_sinks(chain, product)
     if isinstance(sinks, str):
-        return Refusal(node, sinks, (*chain, product))
-    scale, softcap, refusal = _read_scalars(chain)
-    if refusal is not None:
-        return Refusal(node, refusal, (*chain, product))
+        join = next(step for step in chain if is_op(step, aten.cat))
+        return Refusal(node, sinks, (*chain, product), join)
+    scale, softcap, stopped = _read_scalars(chain)
+    if stopped is not None:
+        return Refusal(node, stopped[0], (*chain, product), stopped[1])
     query, key_t = product.args[0], product.args[1]
     if not isinstance(query, fx.Node) or not isinstance(key_t, fx.Node):
-        return Refusal(node, "query-key product of constants", (product,), is_attention=False)
+        return Refusal(node, "query-key product of constants", (*chain, product), product, is_attention=False)
     key, swapped = _untranspose(key_t)
     query, query_scale = _unscale(query)
     key, key_scale = _unscale(key)
@@ -127,6 +123,7 @@ def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
         scores=scores,
         sinks=sinks,
         key_transposed=not swapped,
+        chain=(*chain, product),
     )
 
 
@@ -211,8 +208,9 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _read_scalars(chain: list[fx.Node]) -> tuple[float, float, str | None]:
-    """Scale before the soft-cap and the cap itself, from the steps after the product. Validation proves them."""
+def _read_scalars(chain: list[fx.Node]) -> tuple[float, float, tuple[str, fx.Node] | None]:
+    """Scale before the soft-cap and the cap itself, from the steps after the product; why and where they could not be
+    read. Validation proves them."""
     scale, softcap, capped = 1.0, 0.0, False
     pending = 1.0
     for step in reversed(chain[1:]):
@@ -221,10 +219,10 @@ def _read_scalars(chain: list[fx.Node]) -> tuple[float, float, str | None]:
             pending *= number if is_op(step, aten.mul) else 1.0 / number
         elif is_op(step, aten.tanh):
             if capped:
-                return scale, softcap, "two soft-caps in one chain"
+                return scale, softcap, ("two soft-caps in one chain", step)
             scale, pending, capped = pending, 1.0, True
         elif is_op(step, aten.mul, aten.div):
-            return scale, softcap, f"scores scaled by the tensor {step.args[1]}"
+            return scale, softcap, (f"scores scaled by the tensor {step.args[1]}", step)
     if capped:
         softcap = pending
         return scale * softcap, softcap, None

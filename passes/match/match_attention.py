@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from linearize.passes.match import region
-from linearize.passes.match.cores import Core, Refusal, find_cores
+from linearize.passes.match.cores import Core, find_cores
 from linearize.passes.match.masks import MaskReading, read_mask, read_score_mask
+from linearize.passes.match.near_miss import Refusal, refused
 from linearize.passes.match.validate import core_disagreement, read_rope
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program, node_scope
@@ -40,7 +41,7 @@ class MatchAttention:
             if isinstance(core, Refusal) and not core.is_attention:
                 notes.append(f"{node_scope(core.anchor) or core.anchor.name}: left alone, {core.reason}")
             elif isinstance(core, Refusal):
-                sites.append(_refused(len(sites), core))
+                sites.append(refused(len(sites), core))
             else:
                 sites.append(match_core(flow, core, len(sites)))
         return program.replace(sites=tuple(sites), notes=tuple(notes))
@@ -50,18 +51,19 @@ def match_core(flow: region.Flow, core: Core, index: int) -> Site | NoMatch:
     """One core to a Site, or to a NoMatch that says which fact could not be established."""
     reason = _shape_refusal(core)
     if reason is not None:
-        return _refused(index, Refusal(core.anchor, reason, (core.query, core.key)))
+        return refused(index, Refusal(core.anchor, reason, (*core.chain, core.query, core.key, core.value)))
     reading = _mask_of(flow, core)
     mask, reason = reading.spec, reading.reason
     if mask is None or mask.kind not in MATCHED_MASKS:
         why = reason or f"its mask is {mask}: {_mask_help(mask)}"
-        chain = tuple(node for node in (core.mask, core.anchor) if node is not None)
-        return _refused(index, Refusal(core.anchor, why, chain))
+        chain = core.chain if core.mask is None else (*core.chain, core.mask)
+        return refused(index, Refusal(core.anchor, why, chain, core.mask))
     key, value = _kv_nodes(flow, core)
     spec = replace(_spec(flow, core, key, value, mask), alibi=reading.alibi)
     reason = core_disagreement(flow.program, core, key, value, spec)
     if reason is not None:
-        return _refused(index, Refusal(core.anchor, reason, (core.query, core.key, core.value, core.output)))
+        chain = tuple(dict.fromkeys((core.output, *core.chain, core.query, core.key, core.value)))
+        return refused(index, Refusal(core.anchor, reason, chain))
     return _surroundings(flow, core, index, key, value, spec)
 
 
@@ -195,31 +197,3 @@ def _has_norm(flow: region.Flow, query: fx.Node) -> bool:
     between = region.cone([query], stop=region.projections_of(flow, query)) & flow.activations
     norms = (aten.rsqrt, aten.rms_norm, aten.layer_norm, aten._fused_rms_norm, aten.native_layer_norm)
     return any(is_op(node, *norms) for node in between - set(region.projections_of(flow, query)))
-
-
-def _refused(index: int, refusal: Refusal) -> NoMatch:
-    trace = str(refusal.anchor.meta.get("stack_trace") or "").strip().splitlines()
-    source = next((line.strip() for line in reversed(trace) if line.strip().startswith("File")), "")
-    return NoMatch(
-        index=index,
-        module=node_scope(refusal.anchor) or refusal.anchor.name,
-        reason=refusal.reason,
-        nodes=tuple(node.name for node in refusal.chain) or (refusal.anchor.name,),
-        source=_short_source(source, trace),
-        chain=tuple(_step_text(node) for node in refusal.chain),
-    )
-
-
-def _short_source(line: str, trace: list[str]) -> str:
-    """`modeling_llama.py:123` from a traceback's File line, without directories."""
-    parts = line.split('"')
-    if len(parts) < 3:
-        return ""
-    number = parts[2].split("line ")[-1].split(",")[0].strip()
-    return f"{parts[1].rsplit('/', 1)[-1]}:{number}"
-
-
-def _step_text(node: fx.Node) -> str:
-    shape = ", ".join(str(size) for size in shape_of(node))
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{node.name} = {target} [{shape}]"
