@@ -21,11 +21,11 @@ STAMP := $(ENV)/.linearize-setup-$(KEY)
 # The root holds a folder `kernels`, which is also the name of a third-party package: keep it off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test lint typecheck bench bless docs clean
+.PHONY: help setup demo test test-oldest lint typecheck bench bless docs clean
 
 help:  ## List the targets
 	@echo "linearize: make TARGET [VARIABLE=value ...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Environment: $(ENV)"
 
 setup:  ## Make the environment if none is active and install the project in it, once (EXTRAS=dev,gpu adds triton)
@@ -47,6 +47,9 @@ demo: setup  ## Compile the embedded model and compare it with its source, under
 
 test: setup  ## Run the whole suite (PYTEST_ARGS="-k name", WORKERS=0 for one process)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-oldest:  ## Run the suite with the oldest torch and transformers that are supported, in their own environment
+	"$(PYTHON)" tools/test_versions.py $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 lint: setup  ## Check style and imports with ruff
 	"$(BIN)/ruff" check .

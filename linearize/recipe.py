@@ -40,7 +40,8 @@ class LayerRule(BaseModel):
 
 
 class Fit(BaseModel):
-    """Fitting by output MSE: tokens to fit on, sequence length, batch, Adam's rate and passes over the data."""
+    """Fitting by output MSE: tokens to fit on, sequence length, batch, Adam's rate and passes over the data (0: only
+    what is found without gradients)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +49,7 @@ class Fit(BaseModel):
     length: int = Field(default=512, ge=8)
     batch: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0)
-    passes: int = Field(default=1, ge=1)
+    passes: int = Field(default=1, ge=0)
 
 
 class Recipe(BaseModel):

@@ -82,16 +82,44 @@ def test_fitting_lowers_the_held_out_error(name: str) -> None:
     assert row.parameters == sum(parameter.numel() for parameter in mixer.parameters())
 
 
-def test_a_fit_that_did_not_help_keeps_the_start() -> None:
+def test_a_descent_that_did_not_help_is_undone() -> None:
+    program = teacher()
+    site = program.matched[0]
+    stream = TeacherStream(program, batches(2))
+    kept, prepared = (build_mixer("lolcats", site.attention, {"window": 4}) for _ in range(2))
+    rows = [SiteReport(site=0, module=site.module, mixer="lolcats") for _ in range(2)]
+    fit_mixer(kept, stream, stream, site, Fit(learning_rate=30.0, passes=3), rows[0], QUIET)
+    fit_mixer(prepared, stream, stream, site, Fit(passes=0), rows[1], QUIET)
+    assert rows[0].error_fitted == rows[1].error_fitted
+    for name, tensor in kept.state_dict().items():
+        torch.testing.assert_close(tensor, prepared.state_dict()[name])
+
+
+def test_a_preparation_that_did_not_help_keeps_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     program = teacher()
     site = program.matched[0]
     stream = TeacherStream(program, batches(2))
     mixer = build_mixer("lolcats", site.attention, {"window": 4})
     before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+    monkeypatch.setattr(mixer, "prepare", lambda inputs, target: mixer.omega.fill_(40.0))
     row = SiteReport(site=0, module=site.module, mixer="lolcats")
-    fit_mixer(mixer, stream, stream, site, Fit(learning_rate=30.0, passes=3), row, QUIET)
+    fit_mixer(mixer, stream, stream, site, Fit(passes=0), row, QUIET)
     assert row.error_fitted == row.error_start
     assert all(torch.equal(tensor, before[name]) for name, tensor in mixer.state_dict().items())
+
+
+def test_without_passes_only_what_needs_no_gradients_is_found() -> None:
+    program = teacher()
+    site = program.matched[0]
+    stream = TeacherStream(program, batches())
+    fitted, prepared = (build_mixer("lolcats", site.attention, {"window": 4}) for _ in range(2))
+    with torch.no_grad():
+        prepared.prepare(*stream.site_values(site, prepared.needs, 0))
+    row = SiteReport(site=0, module="", mixer="lolcats")
+    fit_mixer(fitted, stream, stream, site, Fit(passes=0), row, QUIET)
+    assert row.error_fitted < row.error_start
+    for name, tensor in fitted.state_dict().items():
+        torch.testing.assert_close(tensor, prepared.state_dict()[name])
 
 
 def test_fitting_one_site_does_not_move_another_or_the_teacher() -> None:
