@@ -6,9 +6,11 @@ from linearize.mixers.base import Mixer, build_mixer, mixer_class, mixer_names, 
 from linearize.mixers.keep import Keep
 from linearize.mixers.lizard import Lizard
 from linearize.mixers.lolcats import Lolcats
+from linearize.mixers.mla import MLA
 from linearize.mixers.window import Window
 
 __all__ = [
+    "MLA",
     "Keep",
     "Lizard",
     "Lolcats",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.mixers import Mixer, build_mixer
 from linearize.ops import OPERATORS
-from linearize.spec import AttentionSpec, MaskSpec
+from linearize.spec import AttentionSpec, MaskSpec, RopeSpec
 
 MIXERS: tuple[tuple[str, dict], ...] = (
     ("window", {}),
@@ -23,7 +23,10 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("lizard", {}),
     ("lizard", {"features": 3, "sink_logits": 1}),
     ("keep", {}),
+    ("mla", {}),
+    ("mla", {"rank": 2, "rope_dims": 2}),
 )
+CACHED = ("keep", "mla")
 IDS = [f"{name}{'-'.join(['', *options])}" for name, options in MIXERS]
 every_mixer = pytest.mark.parametrize(("name", "options"), MIXERS, ids=IDS)
 
@@ -44,9 +47,9 @@ class Case:
     def mixer(self, kind: str, options: dict) -> Mixer:
         spec = AttentionSpec(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=4, value_dim=3, hidden_dim=5, scale=0.6,
-            mask=MaskSpec("causal"),
+            mask=MaskSpec("causal"), rope=RopeSpec(4, "half") if self.rope else None,
         )  # fmt: skip
-        windowed = {} if kind == "keep" else {"window": self.window}
+        windowed = {} if kind in CACHED else {"window": self.window}
         mixer = build_mixer(kind, spec, {**windowed, **options})
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -213,7 +216,7 @@ def test_state_shapes_do_not_change_with_the_length_and_bytes_are_counted(name: 
                 assert tensor.shape == (3, *declared.shape)
             else:
                 assert tensor.shape[1 + declared.grows] == seen
-    assert any(declared.grows is not None for declared in mixer.state()) == (name == "keep")
+    assert any(declared.grows is not None for declared in mixer.state()) == (name in CACHED)
 
 
 @every_mixer

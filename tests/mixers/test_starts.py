@@ -210,7 +210,7 @@ def test_a_need_that_was_not_recovered_is_named_with_the_near_miss() -> None:
         ("lolcats", {"window": "wide"}, "does not take the options"),
         ("lolcats", {"features": -2}, "does not take the options"),
         ("keep", {"window": 3}, "unexpected keyword argument 'window'"),
-        ("mamba", {}, "no mixer named 'mamba'; there are keep, lizard, lolcats, window"),
+        ("mamba", {}, "no mixer named 'mamba'; there are .*keep, .*lizard, .*lolcats, .*window"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name: str, options: dict, message: str) -> None:
