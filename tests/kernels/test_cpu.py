@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from linearize.kernels import choose
 from linearize.kernels.cpu import attention as cpu_attention
+from linearize.kernels.cpu import delta as cpu_delta
 from linearize.kernels.cpu import gla as cpu_gla
+from linearize.kernels.cpu import gla_vec as cpu_gla_vec
 from linearize.kernels.cpu import hybrid as cpu_hybrid
 from linearize.ops import OPERATORS
 
@@ -48,11 +50,14 @@ def test_attention_goes_to_sdpa_where_sdpa_computes_the_same(keywords, sinks, va
     assert name_of(choose("attention", "cpu", (q, q, v, None, sinks), {"scale": 1.0, **keywords})) == (kernel, reason)
 
 
-LONG = 1500
+LONG = 1000
 Q, LINE = torch.randn(1, LONG, 2, 8), torch.randn(1, LONG + 16, 2, 8)
+QUARTER = Q[..., :2]  # the dense form holds T x T x K
 CALLS = {
     "attention": ((Q.transpose(1, 2),) * 3, {"scale": 0.3, "causal": True, "window": 20}, cpu_attention.blocks),
     "gla_chunk": ((Q, Q, Q, -Q[..., 0].exp()), {}, cpu_gla.stream),
+    "gla_vec_chunk": ((QUARTER, QUARTER, QUARTER, -QUARTER.exp()), {}, cpu_gla_vec.stream),
+    "delta_chunk": ((Q, Q, Q, Q[..., 0].sigmoid(), -Q[..., 0].exp()), {"l2norm": True}, cpu_delta.stream),
     "hybrid_chunk": ((Q, LINE, LINE, LINE[..., 0, 0] > -9, Q, Q), {"window": 16, "scale": 0.3}, cpu_hybrid.stream),
 }
 

@@ -9,7 +9,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import linearize.kernels  # noqa: F401  (the operators then run their CPU kernels)
-from linearize.ops import OPERATORS, attention, decompositions, gla_chunk, hybrid_chunk
+from linearize.ops import OPERATORS, attention, decompositions, delta_chunk, gla_chunk, gla_vec_chunk, hybrid_chunk
 
 WINDOW = 6
 
@@ -43,6 +43,25 @@ class PlainGla(nn.Module):
         return gla_chunk(*_heads(x))
 
 
+class GlaVec(nn.Module):
+    def forward(self, x):
+        q, k, v = _heads(x)
+        return gla_vec_chunk(q, k, v, -nn.functional.softplus(-q), torch.ones(x.shape[0], 4, 3, 3), scale=0.5)
+
+
+class Delta(nn.Module):
+    def forward(self, x):
+        q, k, v = _heads(x)
+        beta, gates = q[..., 0].sigmoid(), -nn.functional.softplus(-q[..., 1])
+        return delta_chunk(q, k, v, beta, gates, torch.ones(x.shape[0], 4, 3, 3), scale=0.5, l2norm=True)
+
+
+class PlainDelta(nn.Module):
+    def forward(self, x):
+        q, k, v = _heads(x)
+        return delta_chunk(q, k, v, q[..., ::2, 0].sigmoid(), l2norm=True)
+
+
 class Hybrid(nn.Module):
     def forward(self, x):
         q, k, v = _heads(x)
@@ -61,7 +80,16 @@ class Window(nn.Module):
         return hybrid_chunk(q, line_k, line_v, mask, window=WINDOW, scale=0.5)
 
 
-MODULES = {"attention": Attention, "gla": Gla, "plain_gla": PlainGla, "hybrid": Hybrid, "window": Window}
+MODULES = {
+    "attention": Attention,
+    "gla": Gla,
+    "plain_gla": PlainGla,
+    "gla_vec": GlaVec,
+    "delta": Delta,
+    "plain_delta": PlainDelta,
+    "hybrid": Hybrid,
+    "window": Window,
+}
 
 
 def _heads(x):
@@ -128,6 +156,10 @@ def samples():
         "attention_full": (attention, (*rows, torch.randn(5, 5), torch.randn(4)), softcapped),
         "gla": (gla_chunk, (q, k, k.clone()), {}),
         "gla_full": (gla_chunk, (q, k, k.clone(), g, s0), {"scale": 0.5}),
+        "gla_vec": (gla_vec_chunk, (q, k, k.clone(), -torch.rand(2, 5, 2, 3)), {}),
+        "gla_vec_full": (gla_vec_chunk, (q, k, k.clone(), -torch.rand(2, 5, 4, 3), s0), {"scale": 0.5}),
+        "delta": (delta_chunk, (q, k, k.clone(), torch.rand(2, 5, 2)), {}),
+        "delta_full": (delta_chunk, (q, k, k.clone(), torch.rand(2, 5, 4), g.clone(), s0.clone()), {"l2norm": True}),
         "hybrid": (hybrid_chunk, (q, line, line.clone(), mask), hybrid),
         "hybrid_full": (hybrid_chunk, (q, line, line.clone(), mask, *features, *sinks, *state), hybrid),
     }
