@@ -86,7 +86,8 @@ class InliningTracer(fx.Tracer):
         """Parameters and buffers read as nodes, so that what is computed from them alone is in the graph too."""
         hidden = []
         for path, module in submodule.named_modules(prefix=target):
-            for name in (*module._parameters, *module._buffers):
+            tensors = {**module._parameters, **module._buffers}
+            for name in (name for name, tensor in tensors.items() if tensor is not None):
                 node = self.create_node("get_attr", f"{path}.{name}", (), {})
                 module.__dict__[name] = fx.Proxy(node, self)  # found before Module.__getattr__ is asked
                 hidden.append((module, name))
