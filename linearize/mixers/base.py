@@ -25,7 +25,8 @@ class Mixer(nn.Module):
 
     forward(query [B,H,T,d], key [B,G,T,d], value [B,G,T,dv], *needed, mask bool [B,T], positions int64 [B,T], *state)
     -> (output [B,H,T,dv], *new_state). `mask` is True for real tokens; `positions` counts a row's real tokens from 0.
-    Outputs at masked tokens are unspecified but finite. States come back in the order of `state()`.
+    Outputs at masked tokens are unspecified but finite. States come back in the order of `state()`. forward is traced
+    into the graph, so it reads no sizes from its inputs and branches on nothing but the mixer's own options.
     """
 
     name: ClassVar[str]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer, register_mixer, tokens_first
+from linearize.mixers.branches import solve_weights
 from linearize.mixers.delay_line import DelayLine
 from linearize.mixers.lolcats import start_map
 from linearize.program import StateTensor
@@ -95,19 +96,8 @@ class Lizard(Mixer):
         return near, line.state
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
-        """alpha_h and beta_h of least squares, the 2 x 2 normal equations of each head, given the two branches."""
-        branches = []
-        for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
-            self.alpha.fill_(alpha)
-            self.beta.fill_(beta)
-            branches.append(self.run(inputs).double())
-        x = torch.stack(branches, dim=-1).transpose(0, 1).flatten(1, -2)
-        y = target.double().transpose(0, 1).flatten(1).unsqueeze(-1)
-        gram = x.transpose(1, 2) @ x
-        damping = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(2, device=y.device)
-        solution = torch.linalg.solve(gram + damping.double(), x.transpose(1, 2) @ y)[..., 0]
-        self.alpha.copy_(solution[:, 0])
-        self.beta.copy_(solution[:, 1])
+        """alpha_h and beta_h by least squares, given the two branches."""
+        solve_weights(self, [self.alpha, self.beta], inputs, target)
 
 
 def exponential_query(x: Tensor, weight: Tensor) -> Tensor:

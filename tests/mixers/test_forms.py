@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from linearize.mixers import Mixer, build_mixer
 from linearize.ops import OPERATORS
+from linearize.rewriting.editor import InliningTracer
 from linearize.spec import AttentionSpec, MaskSpec, RopeSpec
 
 MIXERS: tuple[tuple[str, dict], ...] = (
@@ -22,6 +23,14 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("lolcats", {"sinks": 2, "features": 3}),
     ("lizard", {}),
     ("lizard", {"features": 3, "sink_logits": 1}),
+    ("liger", {}),
+    ("liger", {"pool": 2, "sinks": 1}),
+    ("gla", {}),
+    ("gla", {"features": 3, "rank": 2}),
+    ("deltanet", {"conv": 3, "output_gate": True}),
+    ("gated_deltanet", {}),
+    ("mamba2", {"conv": 2, "output_gate": True}),
+    ("lightning", {"fit_decay": True}),
     ("keep", {}),
     ("mla", {}),
     ("mla", {"rank": 2, "rope_dims": 2}),
@@ -29,6 +38,14 @@ MIXERS: tuple[tuple[str, dict], ...] = (
 CACHED = ("keep", "mla")
 IDS = [f"{name}{'-'.join(['', *options])}" for name, options in MIXERS]
 every_mixer = pytest.mark.parametrize(("name", "options"), MIXERS, ids=IDS)
+
+
+ROPES = {
+    "half": RopeSpec(4, "half"),
+    "interleaved": RopeSpec(4, "interleaved"),
+    "partial": RopeSpec(2, "half"),
+    "none": None,
+}
 
 
 @dataclass(frozen=True)
@@ -41,13 +58,13 @@ class Case:
     batch: int
     length: int
     padding: tuple[int, ...]
-    rope: bool
+    rope: str
     seed: int
 
     def mixer(self, kind: str, options: dict) -> Mixer:
         spec = AttentionSpec(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=4, value_dim=3, hidden_dim=5, scale=0.6,
-            mask=MaskSpec("causal"), rope=RopeSpec(4, "half") if self.rope else None,
+            mask=MaskSpec("causal"), rope=ROPES[self.rope],
         )  # fmt: skip
         windowed = {} if kind in CACHED else {"window": self.window}
         mixer = build_mixer(kind, spec, {**windowed, **options})
@@ -68,13 +85,14 @@ class Case:
         plain_q = draw(self.batch, self.heads, self.length, 4)
         plain_k = draw(self.batch, self.kv_heads, self.length, 4)
         value = draw(self.batch, self.kv_heads, self.length, 3)
-        ranks = self.positions()[:, None, :, None] if self.rope else torch.zeros(1, 1, 1, 1)
+        ranks = self.positions()[:, None, :, None]
         named = {
             "query_unrotated": plain_q,
             "key_unrotated": plain_k,
             "hidden": draw(self.batch, self.length, 5),
         }
-        return [rotate(plain_q, ranks), rotate(plain_k, ranks), value, *(named[need] for need in mixer.needs)]
+        query, key = (rotate(x, ranks, self.rope) for x in (plain_q, plain_k))
+        return [query, key, value, *(named[need] for need in mixer.needs)]
 
     def mask(self) -> Tensor:
         return torch.arange(self.length)[None, :] >= torch.tensor(self.padding)[:, None]
@@ -83,21 +101,30 @@ class Case:
         return (torch.arange(self.length)[None, :] - torch.tensor(self.padding)[:, None]).clamp_min(-1)
 
 
-def rotate(x: Tensor, ranks: Tensor) -> Tensor:
-    """Rotary embedding of 2 pairs of dims by angles rank and rank / 10."""
-    angles = ranks.float() * torch.tensor([1.0, 0.1])
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+def rotate(x: Tensor, ranks: Tensor, kind: str) -> Tensor:
+    """Rotary embedding of 4 dims by rank and rank / 10: pairs (i, i + 2), (2 i, 2 i + 1), (0, 1) alone, or none."""
+    if kind == "none":
+        return x
+    angles = ranks.float() * torch.tensor([1.0] if kind == "partial" else [1.0, 0.1])
+    a, b = {"half": (x[..., :2], x[..., 2:]), "interleaved": (x[..., ::2], x[..., 1::2])}.get(
+        kind, (x[..., :1], x[..., 1:2])
+    )
+    turned = a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()
+    if kind == "interleaved":
+        return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.cat([*turned, x[..., 2:]] if kind == "partial" else turned, dim=-1)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     kv_heads = draw(st.sampled_from([1, 2, 4]))
     window = draw(st.integers(1, 5))
-    batch, length = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, window, window + 1, 2 * window + 3]))
+    lengths = [1, max(1, window - 1), window, window + 1, 2 * window + 3]
+    batch, length = draw(st.sampled_from([1, 3])), draw(st.sampled_from(lengths))
     padding = draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch))
     padding[0] = 0
-    return Case(4, kv_heads, window, batch, length, tuple(padding), draw(st.booleans()), draw(st.integers(0, 99)))
+    rope, seed = draw(st.sampled_from([*ROPES])), draw(st.integers(0, 99))
+    return Case(4, kv_heads, window, batch, length, tuple(padding), rope, seed)
 
 
 def run(
@@ -163,6 +190,27 @@ def test_forms_of_the_operators_agree(name: str, options: dict, case: Case) -> N
 
 @every_mixer
 @given(case=cases())
+@settings(max_examples=8)
+def test_the_mixer_written_into_a_graph_is_the_mixer(name: str, options: dict, case: Case) -> None:
+    """As `passes/lower` does it: operators on nodes, no module left, and no size read from the example."""
+    mixer = case.mixer(name, options)
+    inputs, mask, positions = case.inputs(mixer), case.mask(), case.positions()
+    root = torch.nn.Module()
+    root.add_module("mixer", mixer)
+    graph = fx.Graph()
+    given = [graph.placeholder(f"x{i}") for i in range(len(inputs) + 2 + len(mixer.state()))]
+    graph.output(tuple(InliningTracer(root, graph).inline("mixer", given)))
+    module = fx.GraphModule(root, graph)
+    assert not any(node.op == "call_module" for node in graph.nodes)
+    for length in (case.length, 1):
+        now = [x[:, :length] if x.ndim == 3 else x[:, :, :length] for x in inputs]
+        arguments = *now, mask[:, :length], positions[:, :length], *(s.zeros(case.batch) for s in mixer.state())
+        for found, expected in zip(module(*arguments), mixer(*arguments), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@every_mixer
+@given(case=cases())
 @settings(max_examples=15)
 def test_a_left_padded_row_equals_the_row_alone(name: str, options: dict, case: Case) -> None:
     mixer = case.mixer(name, options)
@@ -204,7 +252,7 @@ def test_rows_of_a_batch_do_not_meet(name: str, options: dict, case: Case, order
 
 @every_mixer
 def test_state_shapes_do_not_change_with_the_length_and_bytes_are_counted(name: str, options: dict) -> None:
-    case = Case(4, 2, 3, 3, 11, (0, 2, 4), True, 0)
+    case = Case(4, 2, 3, 3, 11, (0, 2, 4), "half", 0)
     mixer = case.mixer(name, options)
     inputs, mask, positions = case.inputs(mixer), case.mask(), case.positions()
     for pieces, seen in (([11], 11), ([1] * 11, 11), ([5, 6], 11)):
@@ -222,7 +270,7 @@ def test_state_shapes_do_not_change_with_the_length_and_bytes_are_counted(name: 
 @every_mixer
 @pytest.mark.parametrize("magnitude", [1.0, 40.0])
 def test_gradients_are_finite_and_reach_every_parameter(name: str, options: dict, magnitude: float) -> None:
-    case = Case(4, 2, 3, 3, 11, (0, 2, 10), True, 3)
+    case = Case(4, 2, 3, 3, 11, (0, 2, 10), "half", 3)
     mixer = case.mixer(name, options)
     inputs = [(magnitude * x).requires_grad_() for x in case.inputs(mixer)]
     output, _ = run(mixer, inputs, case.mask(), case.positions())
@@ -235,7 +283,7 @@ def test_gradients_are_finite_and_reach_every_parameter(name: str, options: dict
 
 @every_mixer
 def test_gradients_equal_finite_differences(name: str, options: dict) -> None:
-    case = Case(2, 1, 2, 1, 5, (0,), True, 4)
+    case = Case(2, 1, 2, 1, 5, (0,), "half", 4)
     mixer = case.mixer(name, options).double()
     mixer.dtype = torch.float64
     inputs = [x.double() for x in case.inputs(mixer)]

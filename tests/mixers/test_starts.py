@@ -181,7 +181,7 @@ def _exponential(projected: Tensor) -> Tensor:
 # ---- what a mixer does not take --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "lolcats", "lizard"])
+@pytest.mark.parametrize("name", ["window", "lolcats", "lizard", "liger", "mamba2"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [({"softcap": 30.0}, "does not carry the soft-cap of 30"), ({"sinks": True}, "does not carry the teacher's sink")],

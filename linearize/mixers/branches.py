@@ -1,0 +1,116 @@
+"""What recurrent mixers share: a window softmax beside a recurrence, mixed by two weights per head.
+
+    y_i = alpha_h Ynear_i + beta_h Yfar_i
+    Ynear_i = sum_{j in W(i) u S} e^{s_ij} v_j / sum_{j in W(i) u S} e^{s_ij},    s_ij = scale q_i.k_j, q, k rotated
+
+W(i) the last `window` tokens, S the row's first `sinks`; Yfar [B,T,H,dv] is the subclass's recurrence. alpha starts
+at 1 and beta at 0, so before fitting every mixer here is the window softmax; `prepare` then solves for both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import Mixer, tokens_first
+from linearize.mixers.delay_line import DelayLine
+from linearize.program import StateTensor
+from linearize.spec import AttentionSpec
+
+START = "the teacher's softmax over the last `window` keys and the first `sinks`; 0 everywhere when `window` is 0"
+Far = tuple[Tensor, tuple[Tensor, ...]]
+
+
+class TwoBranches(Mixer):
+    """Subclasses write `far_state` and `far`. With `window` = 0 there is no window, and y = beta_h Yfar."""
+
+    starts_as = START
+    fits = True
+
+    def __init__(
+        self, spec: AttentionSpec, window: int, sinks: int, near: float = 1.0, far: float = 0.0, **options: object
+    ) -> None:
+        super().__init__(spec, window=window, sinks=sinks, **options)
+        if window == 0 and sinks:
+            raise ValueError("sinks belong to a window: without one (window = 0) there are none")
+        self.line = DelayLine(spec, window, sinks) if window else None
+        if self.line is not None:
+            self.alpha = nn.Parameter(torch.full((spec.heads,), float(near)))
+        self.beta = nn.Parameter(torch.full((spec.heads,), float(far)))
+
+    def far_state(self) -> tuple[StateTensor, ...]:
+        raise NotImplementedError
+
+    def far(self, x: dict[str, Tensor], state: tuple[Tensor, ...]) -> Far:
+        """(Yfar [B,T,H,dv], new state). `x` holds query [B,T,H,d], key [B,T,G,d], value [B,T,G,dv], what `needs` lists
+        (heads behind tokens too), mask bool [B,T]. Masked tokens must leave the state as it is."""
+        raise NotImplementedError
+
+    def state(self) -> tuple[StateTensor, ...]:
+        return (*(self.line.state() if self.line is not None else ()), *self.far_state())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        names = ("query", "key", "value", *self.needs, "mask", "positions")
+        given, state = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
+        flat = ("hidden", "mask", "positions")
+        x = {name: given[name] if name in flat else tokens_first(given[name]) for name in names}
+        own = len(self.far_state())
+        far, new = self.far(x, state[len(state) - own :])
+        y = self.beta[:, None] * far
+        ring: tuple[Tensor, ...] = ()
+        if self.line is not None:
+            near, ring = self._near(x, state[: len(state) - own])
+            y = self.alpha[:, None] * near + y
+        return (tokens_first(y.to(given["query"].dtype)), *ring, *new)
+
+    def _near(self, x: dict[str, Tensor], ring: tuple[Tensor, ...]) -> Far:
+        assert self.line is not None
+        line = self.line.push(x["key"], x["value"], x["mask"], x["positions"], ring)
+        sink_k, sink_v, sink_mask = line.sinks
+        near, _, _ = torch.ops.linearize.hybrid_chunk.default(
+            x["query"], line.key, line.value, line.mask,
+            sink_k=sink_k, sink_v=sink_v, sink_mask=sink_mask,
+            window=self.line.window, scale=self.spec.scale,
+        )  # fmt: skip
+        return near, line.state
+
+    def working(self, x: Tensor) -> Tensor:
+        """In the dtype of the mixer's own parameters (float32)."""
+        return x.to(self.beta.dtype)
+
+    def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
+        """alpha_h and beta_h by least squares, given the two branches."""
+        weights = [self.beta] if self.line is None else [self.alpha, self.beta]
+        solve_weights(self, weights, inputs, target)
+
+
+def solve_weights(mixer: Mixer, weights: list[nn.Parameter], inputs: list[Tensor], target: Tensor) -> None:
+    """Set each of `weights` [H], in which the output is linear, to the least squares solution of every head: the normal
+    equations of its branches, damped by 1e-4 of their diagonal, as branches differ in size."""
+    branches = []
+    for chosen in weights:
+        for weight in weights:
+            weight.fill_(1.0 if weight is chosen else 0.0)
+        branches.append(mixer.run(inputs).double())
+    x = torch.stack(branches, dim=-1).transpose(0, 1).flatten(1, -2)
+    y = target.double().transpose(0, 1).flatten(1).unsqueeze(-1)
+    gram = x.transpose(1, 2) @ x
+    damping = torch.diag_embed(1e-4 * gram.diagonal(dim1=1, dim2=2) + torch.finfo(torch.float64).tiny)
+    solution = torch.linalg.solve(gram + damping, x.transpose(1, 2) @ y)[..., 0]
+    for index, weight in enumerate(weights):
+        weight.copy_(solution[:, index])
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """As -softplus(-x): `logsigmoid` is exported as Log(Sigmoid(x)), which is -inf from x = -60 on."""
+    return -torch.nn.functional.softplus(-x)
+
+
+def only_real(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B,T,heads,d] with zeros at masked tokens, whatever stands there."""
+    return torch.where(mask.unsqueeze(-1).unsqueeze(-1), x, torch.zeros_like(x))
+
+
+def only_real_numbers(x: Tensor, mask: Tensor) -> Tensor:
+    """The same for x [B,T,heads]."""
+    return torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x))
