@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearizedModel",
+    "Mixer",
     "Plan",
     "Recipe",
+    "StateTensor",
     "capture",
     "compile",
     "demo_model_dir",
@@ -17,18 +19,22 @@ __all__ = [
     "inspect",
     "load",
     "recipes",
+    "register_mixer",
 ]
 
 if TYPE_CHECKING:
     from linearize.api import compile, demo_model_dir, inspect, load
     from linearize.capture.torch_export import capture
     from linearize.export.write import export
+    from linearize.mixers.base import Mixer, register_mixer
     from linearize.plan import Plan
+    from linearize.program import StateTensor
     from linearize.recipe import Recipe, recipes
     from linearize.runtime.model import LinearizedModel
 
 _HOMES = {
     "LinearizedModel": "linearize.runtime.model",
+    "Mixer": "linearize.mixers.base",
     "Plan": "linearize.plan",
     "Recipe": "linearize.recipe",
     "compile": "linearize.api",
@@ -36,6 +42,8 @@ _HOMES = {
     "inspect": "linearize.api",
     "load": "linearize.api",
     "recipes": "linearize.recipe",
+    "register_mixer": "linearize.mixers.base",
+    "StateTensor": "linearize.program",
     # packages of the same name answer the call themselves, see _callable.py
     "capture": "linearize.capture",
     "export": "linearize.export",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import RecipeError
-from linearize.mixers import mixer_class
+from linearize.mixers import mixer_class, mixer_names
 from linearize.plan import Plan, PlanEntry, first_problem
 from linearize.spec import Site
 
@@ -69,7 +69,8 @@ class Recipe(BaseModel):
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
-        """A recipe by name, by name with options (`lolcats{window=32}`), or from a `.toml` file.
+        """A recipe by name, by name with options (`lolcats{window=32}`), or from a `.toml` file. The name of a mixer
+        that no recipe has is a recipe too: that mixer in every layer.
 
         Raises:
             RecipeError: there is none of that name, or the file is not valid (the field is named).
@@ -108,13 +109,20 @@ class Recipe(BaseModel):
         sliding = site.attention.mask.size if site.attention.mask.kind == "sliding" else 0
         if sliding:
             return _sliding_entry(site, sliding)
-        refusal = mixer_class(rule.mixer).refusal(site)
+        refusal = _refusal(rule, site)
         if refusal is not None:
             return PlanEntry(site=site.index, module=site.module, mixer="keep", reason=refusal)
         reason = f"rule {rule.layers}" if rule.layers != "all" else "recipe"
         return PlanEntry(
             site=site.index, module=site.module, mixer=rule.mixer, options=dict(rule.options), reason=reason
         )
+
+
+def _refusal(rule: LayerRule, site: Site) -> str | None:
+    try:
+        return mixer_class(rule.mixer).refusal_with(site, rule.options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"site {site.index} ({site.module}): {rule.mixer}: {error}") from error
 
 
 def _sliding_entry(site: Site, size: int) -> PlanEntry:
@@ -144,6 +152,8 @@ def _read(name: str) -> Recipe:
         path: Any = Path(name)
     elif name in recipes():
         path = _folder() / f"{name}.toml"
+    elif name in mixer_names():
+        return Recipe(name=name, description=f"The mixer {name} in every layer.", rules=(LayerRule(mixer=name),))
     else:
         raise RecipeError(f"no recipe named {name!r}; there are {', '.join(recipes())}, or give a path to a .toml file")
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearize.cli._mixers import Mixers
 from linearize.cli._models import MODEL_HELP, check_text, load_source, read_calibration
 from linearize.cli._shell import out, say
 
@@ -38,6 +39,7 @@ def compile_model(
     plan: Annotated[
         Path | None, typer.Option(help="A plan to follow, as inspect --save-plan wrote it and you edited it.")
     ] = None,
+    mixers: Mixers = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")] = False,
 ) -> None:
     """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from linearize.cli._mixers import Mixers
 from linearize.cli._shell import out, say
 
 
@@ -20,6 +21,7 @@ def export_model(
         ),
     ],
     form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx.")] = "onnx",
+    mixers: Mixers = None,
 ) -> None:
     """Write a compiled model in another format, and check the file against PyTorch.
 

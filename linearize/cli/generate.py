@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linearize.cli._mixers import Mixers
 from linearize.cli._shell import out
 from linearize.errors import ArtifactError, DataError
 
@@ -35,6 +36,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely of this mass.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes samples repeatable.")] = None,
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
+    mixers: Mixers = None,
 ) -> None:
     """Continue a prompt, printing text as it comes. Memory stays the same however long it gets."""
     text = sys.stdin.read() if prompt == "-" else prompt

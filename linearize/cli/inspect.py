@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linearize.cli._mixers import Mixers
 from linearize.cli._models import MODEL_HELP, load_source
 from linearize.cli._shell import out, say
 from linearize.errors import LinearizeError
@@ -37,6 +38,7 @@ def inspect_model(
     save_plan: Annotated[
         Path | None, typer.Option(help="Write the recipe's plan to this file, to edit it for compile --plan.")
     ] = None,
+    mixers: Mixers = None,
 ) -> None:
     """Show every attention of a model: matched, or refused and why.
 

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from linearize.cli._mixers import Mixers
 from linearize.cli._shell import out
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show one recipe in full.", show_default=False)] = None,
+    mixers: Mixers = None,
 ) -> None:
     """List the recipes, or show one: which mixer each layer gets, its options, and how it is fitted."""
     from linearize import printing

@@ -13,6 +13,7 @@ from linearize.mixers.lightning import Lightning
 from linearize.mixers.lizard import Lizard
 from linearize.mixers.lolcats import Lolcats
 from linearize.mixers.mamba2 import Mamba2
+from linearize.mixers.mixture import Mixture
 from linearize.mixers.mla import MLA
 from linearize.mixers.window import Window
 
@@ -29,6 +30,7 @@ __all__ = [
     "Lolcats",
     "Mamba2",
     "Mixer",
+    "Mixture",
     "Window",
     "build_mixer",
     "mixer_class",

@@ -57,6 +57,11 @@ class Mixer(nn.Module):
             return f"{cls.name} does not carry the teacher's chunks of {site.attention.mask.size}"
         return None
 
+    @classmethod
+    def refusal_with(cls, site: Site, options: dict[str, Any]) -> str | None:
+        """The same, for mixers whose options decide."""
+        return cls.refusal(site)
+
     def state(self) -> tuple[StateTensor, ...]:
         """The tensors that the mixer carries from call to call."""
         raise NotImplementedError

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from linearize.errors import ArtifactError
 from linearize.files import new_directory
-from linearize.mixers import build_mixer
-from linearize.plan import Plan, first_problem
+from linearize.mixers import Mixer, build_mixer, mixer_names
+from linearize.plan import Plan, PlanEntry, first_problem
 from linearize.program import MIXERS, Program
 from linearize.report import Report
 from linearize.runtime.graph_json import graph_from_json, graph_to_json
@@ -221,7 +221,7 @@ def _module(
     for site in sites:
         if isinstance(site, Site):
             entry = manifest.plan.entry(site.index)
-            mixer = build_mixer(entry.mixer, site.attention, entry.options)
+            mixer = _build(entry, site)
             mixers[str(site.index)] = mixer
             _fill(mixer, f"{MIXERS}.{site.index}.", tensors)
     wanted = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -238,6 +238,15 @@ def _module(
         _assign(root, name, tensor)
     root.add_module(MIXERS, mixers)
     return fx.GraphModule(root, graph, class_name="Linearized")
+
+
+def _build(entry: PlanEntry, site: Site) -> Mixer:
+    if entry.mixer not in mixer_names():
+        raise ArtifactError(
+            f"site {entry.site} ({entry.module}) is a {entry.mixer!r}, and no mixer of that name is registered: import "
+            "the file that defines it (by linearize.register_mixer) before linearize.load, or name it: --mixers FILE.py"
+        )
+    return build_mixer(entry.mixer, site.attention, entry.options)
 
 
 def _fill(mixer: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:

@@ -51,7 +51,7 @@ class InsertMixers:
         nodes = {node.name: node for node in module.graph.nodes}
         for site in program.matched:
             entry = self.plan.entry(site.index)
-            refusal = mixer_class(entry.mixer).refusal(site)
+            refusal = mixer_class(entry.mixer).refusal_with(site, entry.options)
             if refusal is not None:
                 raise RecipeError(f"site {site.index} ({site.module}): {refusal}; plan keep there")
             mixer = build_mixer(entry.mixer, site.attention, entry.options).to(program.device)

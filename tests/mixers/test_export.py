@@ -19,6 +19,7 @@ LAYERS = (
     ("mamba2", {"window": 0, "conv": 3, "output_gate": True}),
     ("lightning", {"window": 8, "sinks": 1}),
     ("drop", {}),
+    ("mixture", {"parts": [{"mixer": "keep", "kv_heads": [1]}, {"mixer": "window", "kv_heads": [0]}]}),
 )
 
 

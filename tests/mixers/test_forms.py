@@ -31,6 +31,7 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("gated_deltanet", {}),
     ("mamba2", {"conv": 2, "output_gate": True}),
     ("lightning", {"fit_decay": True}),
+    ("mixture", {}),
     ("keep", {}),
     ("mla", {}),
     ("mla", {"rank": 2, "rope_dims": 2}),
@@ -66,7 +67,9 @@ class Case:
             heads=self.heads, kv_heads=self.kv_heads, head_dim=4, value_dim=3, hidden_dim=5, scale=0.6,
             mask=MaskSpec("causal"), rope=ROPES[self.rope],
         )  # fmt: skip
-        windowed = {} if kind in CACHED else {"window": self.window}
+        if kind == "mixture":
+            options = {"parts": mixture_parts(self.kv_heads)}
+        windowed = {} if kind in (*CACHED, "mixture") else {"window": self.window}
         mixer = build_mixer(kind, spec, {**windowed, **options})
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -99,6 +102,13 @@ class Case:
 
     def positions(self) -> Tensor:
         return (torch.arange(self.length)[None, :] - torch.tensor(self.padding)[:, None]).clamp_min(-1)
+
+
+def mixture_parts(kv_heads: int) -> list[dict]:
+    """The last kv head with a recurrence, the others (if any) with a window."""
+    parts = [{"mixer": "gated_deltanet", "kv_heads": [kv_heads - 1], "options": {"window": 2}}]
+    others = [{"mixer": "window", "kv_heads": list(range(kv_heads - 1))[::-1], "options": {"window": 3}}]
+    return parts + others if kv_heads > 1 else parts
 
 
 def rotate(x: Tensor, ranks: Tensor, kind: str) -> Tensor:
