@@ -6,6 +6,7 @@ from linearize.ops.delta import delta_chunk
 from linearize.ops.gla import gla_chunk
 from linearize.ops.gla_vec import gla_vec_chunk
 from linearize.ops.hybrid import hybrid_chunk
+from linearize.ops.slots import slots_chunk
 
 __all__ = [
     "OPERATORS",
@@ -17,4 +18,5 @@ __all__ = [
     "gla_chunk",
     "gla_vec_chunk",
     "hybrid_chunk",
+    "slots_chunk",
 ]

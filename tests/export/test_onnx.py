@@ -22,6 +22,7 @@ CASES = {
     "gpt2": "none",
     "mistral": "lizard{window=8}",
     "plain": "window{window=8,sinks=2}",
+    "qwen3": "slots{window=8,slots=20,rounds=2,sinks=1}",
 }
 
 
@@ -133,7 +134,7 @@ def test_kept_caches_grow_and_say_so(exported):
     assert state.arrays()["past.layers_0_cache_k"].shape[2] == 3
 
 
-@pytest.mark.parametrize("exported", ["llama", "mistral", "plain"], indirect=True)
+@pytest.mark.parametrize("exported", ["llama", "mistral", "plain", "qwen3"], indirect=True)
 def test_the_state_of_a_linearized_model_does_not_grow(exported):
     _, directory = exported
     runner = OnnxModel(directory, threads=1)

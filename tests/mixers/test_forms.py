@@ -21,6 +21,8 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("window", {"sinks": 2}),
     ("lolcats", {}),
     ("lolcats", {"sinks": 2, "features": 3}),
+    ("slots", {"slots": 3}),
+    ("slots", {"slots": 6, "sinks": 2, "rounds": 2}),
     ("lizard", {}),
     ("lizard", {"features": 3, "sink_logits": 1}),
     ("liger", {}),

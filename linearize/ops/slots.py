@@ -1,0 +1,351 @@
+"""`linearize::slots_chunk`, softmax over two blocks of recent keys and C slots that stand for all keys before them.
+
+           sum_{j in W(i)} e^{s_ij} v_j + sum_c n_c e^{s_ic} v_c
+    o_i = ------------------------------------------------------        s_ij = scale q_i.k_j,  s_ic = scale q_i.k_c
+           sum_{j in W(i)} e^{s_ij}     + sum_c n_c e^{s_ic}
+
+A row's real tokens are numbered by rank p; block b holds ranks b w .. b w + w - 1. W(i) is the query's own block up to
+itself and the block before it. Slot c is the mean key, mean value and count of the tokens merged into it. When block b
+is complete, the tokens of block b - 1 join the slots as items of count 1 and merging brings all back to C
+(`linearize.ops.slot_merge`). Exact softmax while a row has no more than C + w tokens.
+
+q [B,T,H,d], k [B,T,G,d], v [B,T,G,dv] are T new tokens, mask [B,T] says which are real (columns without one may stand
+anywhere; their outputs are finite), before int64 [B] counts a row's real tokens before the call. State: ring_k
+[B,2w,G,d], ring_v [B,2w,G,dv] hold the token of rank p at p % 2w; slot_k [B,G,C,d], slot_v [B,G,C,dv], slot_n [B,G,C]
+in float32, or float64 for float64 inputs. k_map [G,d,e] and v_weight [G] shape the merging cost. o has q's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import SymInt, Tensor
+from torch._higher_order_ops.scan import scan_op
+
+from linearize.ops._library import accumulation_dtype, define_operator, require
+from linearize.ops.slot_merge import features, merge, merge_one_by_one, round_sizes
+
+SCHEMA = (
+    "slots_chunk(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor before, Tensor ring_k, Tensor ring_v, "
+    "Tensor slot_k, Tensor slot_v, Tensor slot_n, Tensor? k_map=None, Tensor? v_weight=None, *, "
+    "int window, float scale, int sinks=0, int rounds=1) -> "
+    "(Tensor o, Tensor ring_k, Tensor ring_v, Tensor slot_k, Tensor slot_v, Tensor slot_n)"
+)
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Tensors = tuple[Tensor, ...]
+
+
+class Policy(NamedTuple):
+    """How items merge: the sizes after each round, the tokens that never merge, and what the cost is taken of."""
+
+    sizes: list[int]
+    sinks: int
+    k_map: Tensor | None
+    v_weight: Tensor | None
+
+
+def slots_chunk_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    before: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    slot_n: Tensor,
+    k_map: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    *,
+    window: int,
+    scale: float,
+    sinks: int = 0,
+    rounds: int = 1,
+) -> Outputs:
+    """The truth: one row and one token at a time."""
+    dtype = accumulation_dtype(q.dtype)
+    policy = Policy(round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds), sinks, k_map, v_weight)
+    rows = []
+    for b in range(q.shape[0]):
+        p, ring, slots = int(before[b]), [ring_k[b], ring_v[b]], [slot_k[b], slot_v[b], slot_n[b].to(dtype)]
+        outputs = []
+        for t in range(q.shape[1]):
+            if not mask[b, t]:
+                outputs.append(torch.zeros_like(v[b, t]).repeat_interleave(q.shape[2] // k.shape[2], dim=0))
+                continue
+            here = (torch.arange(2 * window) == p % (2 * window))[:, None, None]
+            ring = [torch.where(here, new[b, t], old) for new, old in zip((k, v), ring, strict=True)]
+            first = max(0, (p // window - 1) * window)
+            seen = [rank % (2 * window) for rank in range(first, p + 1)]
+            outputs.append(_read_one(q[b, t].to(dtype) * scale, *(x[seen].to(dtype) for x in ring), *slots))
+            p += 1
+            if p % window == 0 and p > window:
+                left = [rank % (2 * window) for rank in range(p - 2 * window, p - window)]
+                slots = _join_one([x[left].to(dtype) for x in ring], slots, policy)
+        rows.append((torch.stack(outputs).to(q.dtype), *ring, *slots))
+    o, ring_k, ring_v, slot_k, slot_v, slot_n = (torch.stack(part) for part in zip(*rows, strict=True))
+    return o, ring_k, ring_v, slot_k, slot_v, slot_n
+
+
+def _read_one(q: Tensor, k: Tensor, v: Tensor, slot_k: Tensor, slot_v: Tensor, slot_n: Tensor) -> Tensor:
+    """q [H,d], k [J,G,d], v [J,G,dv] and the slots [G,C,..] -> [H,dv]."""
+    group = q.shape[0] // k.shape[1]
+    keys, values = torch.cat([slot_k, k.transpose(0, 1)], 1), torch.cat([slot_v, v.transpose(0, 1)], 1)
+    bias = torch.cat([slot_n.log(), slot_n.new_zeros(slot_n.shape[0], k.shape[0])], 1)
+    scores = torch.einsum("hd,hjd->hj", q, keys.repeat_interleave(group, 0)) + bias.repeat_interleave(group, 0)
+    return torch.einsum("hj,hjv->hv", torch.softmax(scores, -1), values.repeat_interleave(group, 0))
+
+
+def _join_one(left: list[Tensor], slots: list[Tensor], policy: Policy) -> list[Tensor]:
+    """The slots [G,C,..] after the tokens left, k [w,G,d] and v [w,G,dv], joined them."""
+    (k, v), (slot_k, slot_v, slot_n), heads = left, slots, []
+    keys, values = torch.cat([slot_k, k.transpose(0, 1)], 1), torch.cat([slot_v, v.transpose(0, 1)], 1)
+    counts = torch.cat([slot_n, slot_n.new_ones(slot_n.shape[0], k.shape[0])], 1)
+    y = features(keys[None], values[None], policy.k_map, policy.v_weight)[0]
+    for g in range(slot_n.shape[0]):
+        heads.append(merge_one_by_one(keys[g], values[g], counts[g], y[g], policy.sizes, policy.sinks))
+    return [torch.stack(part) for part in zip(*heads, strict=True)]
+
+
+# ---- standard operators, block by block ------------------------------------------------------------------------------
+
+
+def slots_chunk_decomposed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    before: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    slot_n: Tensor,
+    k_map: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    *,
+    window: int,
+    scale: float,
+    sinks: int = 0,
+    rounds: int = 1,
+) -> Outputs:
+    """Standard operators, one iteration a block: a Python loop, or where T is symbolic the operator `scan`.
+
+    Rows may stand at different places of their blocks; all advance one block an iteration, ceil((T + w - 1) / w) in
+    all, and no scores are wider than [B,H,w,2w+C].
+    """
+    check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
+    new = Tokens.of(q, k, v, mask, before, window)
+    sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
+    length, dtype = q.shape[1], accumulation_dtype(q.dtype)
+    width = torch.sym_min(length, window) if isinstance(length, SymInt) else min(length, window)
+    offsets = torch.arange(width, device=q.device)
+    slots: Tensors = (slot_k.to(dtype), slot_v.to(dtype), slot_n.to(dtype))
+
+    def body(slots: Tensors, number: Tensor, offsets: Tensor, *rest: Tensor) -> tuple[Tensor, Tensors]:
+        tokens, (ring_k, ring_v, *weights) = Tokens(window, *rest[:7]), rest[7:]
+        policy = Policy(sizes, sinks, *_given(weights, k_map, v_weight))
+        return _block(number, offsets, tokens, ring_k, ring_v, slots, window, scale, policy)
+
+    numbers = torch.arange((length + 2 * window - 2) // window, device=q.device)
+    extra = [x for x in (k_map, v_weight) if x is not None]
+    o, slots = _loop(body, slots, numbers, (offsets, *new[1:], ring_k, ring_v, *extra))
+    place = new.phase[:, None] + new.order
+    number = torch.div(place, window, rounding_mode="floor")
+    offset = new.order - (number * window - new.phase[:, None]).clamp(min=0)
+    o = o[number, torch.arange(q.shape[0], device=q.device)[:, None], offset]
+    end = new.before + new.total
+    return o.to(q.dtype), new.ring_at(end, ring_k, new.k), new.ring_at(end, ring_v, new.v), slots[0], slots[1], slots[2]
+
+
+class Tokens(NamedTuple):
+    """The new tokens with each row's real ones in front: q, k, v; total, before, phase (place in the block) int64 [B];
+    order int64 [B,T], where the token of a column stands now."""
+
+    window: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    total: Tensor
+    before: Tensor
+    phase: Tensor
+    order: Tensor
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, before: Tensor, window: int) -> Tokens:
+        seen = torch.cumsum(mask.to(torch.int64), dim=1)
+        order = (seen - 1).clamp(min=0)
+        columns = torch.arange(q.shape[1], device=q.device).expand(mask.shape)
+        target = torch.where(mask, order, q.shape[1])
+        column = torch.cat([torch.zeros_like(columns), torch.zeros_like(columns[:, :1])], 1)
+        column = column.scatter(1, target, columns)[:, :-1]
+        q, k, v = (take(x, column) for x in (q, k, v))
+        return Tokens(window, q, k, v, seen[:, -1], before, before % window, order)
+
+    def ring_at(self, end: Tensor, ring: Tensor, new: Tensor) -> Tensor:
+        """The ring [B,2w,G,d] after `end` [B] tokens: column c has the last rank with rank % 2w = c."""
+        size = 2 * self.window
+        last = end[:, None] - 1
+        rank = last - (last - torch.arange(size, device=ring.device)) % size
+        index = rank - self.before[:, None]
+        arrived = (index >= 0)[:, :, None, None]
+        return torch.where(arrived, take(new, index.clamp(min=0)), ring)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B,T,..], index int64 [B,n] -> [B,n,..]."""
+    return x.gather(1, index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]))
+
+
+def _given(tensors: list[Tensor], *places: Tensor | None) -> list[Tensor | None]:
+    """`tensors` in order at the places that are not None."""
+    left = iter(tensors)
+    return [None if place is None else next(left) for place in places]
+
+
+def _loop(
+    body: Callable[..., tuple[Tensor, Tensors]], slots: Tensors, numbers: Tensor, fixed: Tensors
+) -> tuple[Tensor, Tensors]:
+    """(the outputs of all blocks stacked, the slots after the last): body(slots, number, *fixed) -> (output, slots)."""
+    if isinstance(numbers.shape[0], SymInt):
+        return _scan(body, slots, numbers, fixed)
+    outputs = []
+    for number in numbers:
+        output, slots = body(slots, number, *fixed)
+        outputs.append(output)
+    return torch.stack(outputs), slots
+
+
+def _scan(
+    body: Callable[..., tuple[Tensor, Tensors]], slots: Tensors, numbers: Tensor, fixed: Tensors
+) -> tuple[Tensor, Tensors]:
+    """`_loop` as one node of the graph, which ONNX has under the same name."""
+
+    def step(*flat: Tensor) -> list[Tensor]:
+        output, after = body(flat[: len(slots)], *flat[len(slots) :])
+        return [*after, output.contiguous()]
+
+    *after, outputs = scan_op(step, [x.clone() for x in slots], [numbers], fixed)
+    return outputs, tuple(after)
+
+
+def _block(
+    number: Tensor,
+    offsets: Tensor,
+    new: Tokens,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    slots: Tensors,
+    window: int,
+    scale: float,
+    policy: Policy,
+) -> tuple[Tensor, Tensors]:
+    """Iteration `number`: (o [B,W,H,dv] of the tokens that fall in it, the slots after it)."""
+    start = (number * window - new.phase).clamp(min=0)
+    stop = torch.minimum((number + 1) * window - new.phase, new.total)
+    k, v = (new.ring_at(new.before + stop, ring, x) for ring, x in ((ring_k, new.k), (ring_v, new.v)))
+    block = torch.div(new.before - new.phase, window, rounding_mode="floor") + number
+    index = (start[:, None] + offsets).clamp(max=new.q.shape[1] - 1)
+    o = _read(take(new.q, index), k, v, slots, (new.before[:, None] + index) % window, block, scale)
+    done = ((number + 1) * window - new.phase <= new.total) & (block >= 1)
+    return o, _join(k, v, slots, block, done, policy)
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, slots: Tensors, place: Tensor, block: Tensor, scale: float) -> Tensor:
+    """q [B,W,H,d] at `place` [B,W] of its block over the ring [B,2w,G,..] and the slots; [B,W,H,dv]."""
+    batch, width, heads, head_dim = q.shape
+    slot_k, slot_v, slot_n = slots
+    kv_heads, window, dtype = k.shape[2], k.shape[1] // 2, slot_k.dtype
+    column = torch.arange(2 * window, device=q.device)
+    half = torch.div(column, window, rounding_mode="floor")
+    own = (half == (block % 2)[:, None])[:, None]
+    seen = (own & (column % window <= place[:, :, None])) | (~own & (block >= 1)[:, None, None])
+    folded = (q.to(dtype) * scale).reshape(batch, width, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
+    near = folded @ k.to(dtype).permute(0, 2, 3, 1).unsqueeze(2)
+    far = folded @ slot_k.transpose(-1, -2).unsqueeze(2)
+    mass = torch.where(slot_n > 0, slot_n, 1.0).log()
+    far = (far + mass[:, :, None, None]).masked_fill(~(slot_n > 0)[:, :, None, None], float("-inf"))
+    scores = torch.cat([far, near.masked_fill(~seen[:, None, None], float("-inf"))], dim=-1)
+    values = torch.cat([slot_v, v.to(dtype).transpose(1, 2)], dim=2)
+    o = torch.softmax(scores, dim=-1) @ values.unsqueeze(2)
+    return o.permute(0, 3, 1, 2, 4).reshape(batch, width, heads, v.shape[3])
+
+
+def _join(k: Tensor, v: Tensor, slots: Tensors, block: Tensor, done: Tensor, policy: Policy) -> Tensors:
+    """Where `done` [B], the block before `block` leaves the ring and joins the slots."""
+    dtype, window = slots[0].dtype, k.shape[1] // 2
+    odd = (block % 2 == 1)[:, None, None, None]
+    left = (torch.where(odd, x[:, :window], x[:, window:]).to(dtype).transpose(1, 2) for x in (k, v))
+    keys, values = (torch.cat([old, item], dim=2) for old, item in zip(slots[:2], left, strict=True))
+    counts = torch.cat([slots[2], torch.ones_like(keys[:, :, -window:, 0])], dim=2)
+    y = features(keys, values, policy.k_map, policy.v_weight)
+    merged = merge(keys, values, counts, y, policy.sizes, policy.sinks)
+    which = done[:, None, None]
+    return tuple(
+        torch.where(which if new.ndim == 3 else which[..., None], new, old)
+        for new, old in zip(merged, slots, strict=True)
+    )
+
+
+def check_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    before: Tensor,
+    ring: tuple[Tensor, Tensor],
+    slots: tuple[Tensor, Tensor, Tensor],
+    window: int,
+    sinks: int,
+) -> None:
+    """Raise `OperatorError` unless heads, ring and slots fit together."""
+    name, heads, kv_heads = "slots_chunk", q.shape[2], k.shape[2]
+    require(window >= 1, name, f"window is {window}, needs at least 1")
+    require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
+    require(k.shape[:3] == v.shape[:3], name, "k and v differ in [B,T,G]")
+    require(mask.shape == q.shape[:2] and mask.dtype == torch.bool, name, "mask must be a bool of [B,T]")
+    require(before.ndim == 1, name, "before must be int64 of [B]")
+    held = ring[0].shape[1]
+    require(held == 2 * window == ring[1].shape[1], name, f"the ring holds {held} tokens, not two blocks of {window}")
+    count = slots[2].shape[2]
+    require(slots[0].shape[2] == count == slots[1].shape[2], name, "slot_k, slot_v and slot_n differ in [B,G,C]")
+    require(count >= max(1, 2 * sinks), name, f"{count} slots are too few to keep {sinks} sinks; give {2 * sinks}")
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    before: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    slot_n: Tensor,
+    k_map: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    *,
+    window: int,
+    scale: float,
+    sinks: int = 0,
+    rounds: int = 1,
+) -> Outputs:
+    check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
+    dtype = accumulation_dtype(q.dtype)
+    rings = tuple(x.new_empty(x.shape) for x in (ring_k, ring_v))
+    slots = tuple(x.new_empty(x.shape, dtype=dtype) for x in (slot_k, slot_v, slot_n))
+    return (q.new_empty(*q.shape[:3], v.shape[3]), *rings, *slots)  # type: ignore[return-value]
+
+
+SLOTS_CHUNK = define_operator(
+    SCHEMA,
+    fake=_fake,
+    reference=slots_chunk_decomposed,
+    recurrence=slots_chunk_recurrence,
+    streamed=slots_chunk_decomposed,
+)
+slots_chunk = SLOTS_CHUNK.overload
