@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.slot_merge import RESOLUTION, features
+from linearize.ops.slot_merge import RESOLUTION, coarse, features
 
 
 def merge_full(
@@ -51,7 +51,7 @@ def _costs(y: Tensor, n: Tensor, sinks: int) -> Tensor:
     outer = squares[:, 0::2, None] + squares[:, None, 1::2]
     distance = outer.baddbmm_(even, odd.mT, alpha=-2).clamp_(min=0.0)
     inverse = n.reciprocal()
-    costs = distance.div_(inverse[:, 0::2, None] + inverse[:, None, 1::2])
+    costs = coarse(distance.div_(inverse[:, 0::2, None] + inverse[:, None, 1::2]))
     if sinks:
         costs[:, : (sinks + 1) // 2] = float("inf")
         costs[:, :, : sinks // 2] = float("inf")

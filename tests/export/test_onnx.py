@@ -22,7 +22,7 @@ CASES = {
     "gpt2": "none",
     "mistral": "lizard{window=8}",
     "plain": "window{window=8,sinks=2}",
-    "qwen3": "slots{window=8,slots=20,rounds=2,sinks=1}",
+    "qwen3": "slots{window=8,slots=20,rounds=1,sinks=1}",
 }
 
 
