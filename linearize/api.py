@@ -13,7 +13,7 @@ from linearize.capture.torch_export import capture
 from linearize.errors import RewriteError
 from linearize.passes.calibrate import CalibrateOutputs
 from linearize.passes.lower import LOWER_PASSES
-from linearize.passes.rewrite import InsertMixers, RaiseAttention, keep_worst
+from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention, keep_worst, read_carried
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
 from linearize.program import Program
@@ -59,7 +59,7 @@ def compile(
     share = policy.keep_worst if plan is None else 0.0
     plan = plan or policy.plan(captured.matched)
     plan.check([site.index for site in captured.matched])
-    student = run_pipeline(teacher, [InsertMixers(plan)])
+    student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     check_state_threading(student)
     report = start_report(student, plan, seed)
     fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report)
@@ -73,12 +73,16 @@ def check_sites(program: Program, recipe: Recipe) -> None:
     """There is something to rewrite, unless the recipe rewrites nothing.
 
     Raises:
-        RewriteError: no attention was matched; it lists why.
+        RewriteError: no attention was matched; it lists why, and what mixes tokens instead.
     """
     if program.matched or all(rule.mixer == "keep" for rule in recipe.rules):
         return
-    why = "; ".join(f"site {site.index} ({site.module}): {site.reason}" for site in program.refused)
-    raise RewriteError(f"{program.model_name} has no attention that could be matched: {why or 'no softmax was found'}")
+    why = [f"site {site.index} ({site.module}): {site.reason}" for site in program.refused]
+    found = [*(why or ["no softmax was found"]), *read_carried(program)]
+    raise RewriteError(
+        f"{program.model_name} has no attention that could be matched: {'; '.join(found)}; "
+        'recipe "none" compiles it as it is'
+    )
 
 
 def finish(student: Program, plan: Plan, report: Report, files: dict[str, bytes]) -> LinearizedModel:
@@ -125,7 +129,7 @@ def describe(program: Program, recipe: str | Path | Recipe | None = None) -> dic
         "captured_by": program.captured_by,
         "nodes": len(program.graph.nodes),
         "sites": [_describe_site(site, plan) for site in program.sites],
-        "notes": list(program.notes),
+        "notes": [*program.notes, *read_carried(program)],
     }
 
 

@@ -30,8 +30,9 @@ class Entry:
     """One model. `matched` and `refused` count its attentions; `masks` are those of the matched ones, in order, one
     name standing for all; every reason of a refusal contains `reason`; `extras` are among each matched site's.
 
-    `error` is the text of the CaptureError that capture must raise, `not_stepped` of the VerificationError of compile.
-    `limit` is the longest context of its position table. `tolerance` on logits, relative to the largest.
+    `error` is the text of the CaptureError that capture must raise, `whole_only` why the compiled model runs on whole
+    sequences alone, `carried` the sizes of the states (one row, 0 tokens) of what mixes tokens and is no matched
+    attention. `limit` is the longest context of its position table. `tolerance` on logits, relative to the largest.
     """
 
     name: str
@@ -42,14 +43,15 @@ class Entry:
     extras: tuple[str, ...] = ()
     reason: str = ""
     error: str = ""
-    not_stepped: str = ""
+    whole_only: str = ""
+    carried: tuple[tuple[int, ...], ...] = ()
     limit: int | None = None
     last_only: bool = False
     family: str = field(default="plain")
 
     @property
     def steps(self) -> bool:
-        return not (self.refused or self.error or self.not_stepped)
+        return not (self.error or self.whole_only)
 
     def mask_of(self, site: int) -> str:
         return self.masks[site] if len(self.masks) > 1 else self.masks[0]
@@ -105,7 +107,6 @@ MLA = {
     "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 5, "n_routed_experts": 4,
     "moe_intermediate_size": 16,
 }  # fmt: skip
-PIECES = "could not be continued"
 SHALLOW = {"num_hidden_layers": 1}
 LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -177,7 +178,9 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
                                "intermediate_size_mlp": 64, "rope_parameters": {"rope_type": "default",
                                "rope_theta": 10000.0}},
      {"matched": 4, "masks": ("chunked(6)", "chunked(6)", "chunked(6)", "causal"), "extras": ("gqa", "padding")}),
-    ("roberta", "roberta", {"is_decoder": True}, {"not_stepped": PIECES}),
+    ("roberta", "roberta", {"is_decoder": True}, {"carried": ((1,),)}),  # positions counted in the tokens
+    ("lfm2", "lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_ff_dim": 64,
+                      "block_multiple_of": 8}, {"extras": ("gqa", "qk-norm"), "carried": ((32, 2),)}),
     ("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, {"extras": ("qk-norm",)}),
     ("hunyuan", "hunyuan_v1_dense", {}, {"extras": ("qk-norm",)}),
 )  # fmt: skip
@@ -228,17 +231,31 @@ PLAIN: tuple[Entry, ...] = (
     _plain("alibi_sdpa", BARE, plain.AlibiSDPA, extras=("alibi",)),
     _plain("chunked", LEARNED, plain.ChunkedLocal, masks=("chunked(6)",), limit=64),
     # refused, left as they are, and right
-    _plain("prefix", LEARNED, plain.PrefixVisible, matched=0, refused=1, reason="shows 3 future keys"),
-    _plain("strided", LEARNED, plain.Strided, matched=0, refused=1, reason="hides 576 past ones"),
-    _plain("thresholded", LEARNED, plain.Thresholded, matched=0, refused=1, reason="depends on the hidden states"),
-    _plain("memory_tokens", LEARNED, plain.MemoryTokens, matched=0, refused=1, reason="the key axis has length 5"),
-    # attentions that are not seen at all yet: compile must notice that the state misses them
-    _plain("einsum_causal", LEARNED, plain.EinsumCausal, matched=0, not_stepped=PIECES),
-    # no softmax, or a memory outside of the attention: never silently wrong
-    _plain("linear_attention", LEARNED, plain.LinearAttention, matched=0, not_stepped=PIECES),
-    _plain("cumsum_positions", plain.CumsumPositions, plain.FusedSDPA, not_stepped=PIECES),
-    _plain("reversed_positions", plain.ReversedPositions, plain.FusedSDPA, not_stepped=PIECES),
-    _plain("token_shift", plain.TokenShift, plain.FusedSDPA, not_stepped=PIECES),
+    _plain("prefix", LEARNED, plain.PrefixVisible, matched=0, refused=1, reason="shows 3 future keys",
+           whole_only="looks ahead; what it gives for the first 1 token"),
+    _plain("strided", LEARNED, plain.Strided, matched=0, refused=1, reason="hides 576 past ones", limit=64,
+           carried=((0, 32),) * 2),
+    _plain("thresholded", LEARNED, plain.Thresholded, matched=0, refused=1, reason="depends on the hidden states",
+           limit=64, carried=((0, 32),) * 2),
+    _plain("hidden_bias", LEARNED, plain.HiddenBias, matched=0, refused=1, reason="depends on the hidden states",
+           limit=64, carried=((0, 4), (0, 32), (0, 32))),
+    _plain("memory_tokens", LEARNED, plain.MemoryTokens, matched=0, refused=1, reason="the key axis has length 5",
+           limit=64),
+    # attentions that are not seen at all yet
+    _plain("einsum_causal", LEARNED, plain.EinsumCausal, matched=0, limit=64, carried=((0, 4, 8),) * 2),
+    # no softmax, or a memory outside of the attention: carried by value
+    _plain("linear_attention", LEARNED, plain.LinearAttention, matched=0, limit=64,
+           carried=((0, 32), (4, 0, 8))),
+    _plain("cumsum_positions", plain.CumsumPositions, plain.FusedSDPA, limit=64, carried=((1,),)),
+    _plain("reversed_positions", plain.ReversedPositions, plain.FusedSDPA, whole_only="arange looks ahead"),
+    _plain("token_shift", plain.TokenShift, plain.FusedSDPA, carried=((1, 32),)),
+    _plain("conv_and_attention", plain.Mixed, plain.ShortConv, limit=64, carried=((3, 32),)),
+    _plain("average_and_attention", plain.Mixed, plain.MovingAverage, limit=64, carried=((0, 32),)),
+    _plain("cumulative_and_attention", plain.Mixed, plain.CumulativeLinear, limit=64,
+           carried=((4, 1, 8, 8), (4, 1, 8))),
+    _plain("long_conv_and_attention", plain.Mixed, plain.LongConv, limit=64, carried=((0, 32),)),
+    _plain("conv_beside_attention", plain.Mixed, plain.Parallel, matched=2, limit=64, carried=((3, 32),)),
+    _plain("top_of_the_past", plain.Mixed, plain.RunningMaximum, limit=64, carried=((0, 32),)),
     # not taken at all
     _plain("bidirectional", LEARNED, plain.Bidirectional, error="is not a decoder: changing the last token"),
     _plain("no_logits", plain.NoLogits, error=r"returned a float32 tensor of shape \[2, 32\], not logits"),
@@ -247,7 +264,7 @@ PLAIN: tuple[Entry, ...] = (
     _plain("tutorial_detects_mask", plain.TutorialTransformer, error="cannot trace .* in module 'encoder'"),
     Entry("bert", hf("bert", is_decoder=False), error="is not a decoder", family="transformers"),
     Entry("t5", lambda: _t5(), error="is an encoder-decoder", family="transformers"),
-)
+)  # fmt: skip
 
 ENTRIES: tuple[Entry, ...] = TRANSFORMERS + PLAIN
 BY_NAME = {entry.name: entry for entry in ENTRIES}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.errors import DataError
 from linearize.passes.lower import LOWER_PASSES
-from linearize.passes.rewrite import InsertMixers
+from linearize.passes.rewrite import CarryHistory, InsertMixers
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan, PlanEntry
 from linearize.program import Program
@@ -70,7 +70,7 @@ def _with_cache(teacher: Program) -> LinearizedModel:
     """The teacher itself, run with a key-value cache: the `keep` mixer at every site."""
     entries = [PlanEntry(site=site.index, module=site.module, mixer="keep") for site in teacher.matched]
     plan = Plan(recipe="none", entries=tuple(entries))
-    program = run_pipeline(teacher, [InsertMixers(plan), *LOWER_PASSES])
+    program = run_pipeline(teacher, [InsertMixers(plan), CarryHistory(), *LOWER_PASSES])
     return LinearizedModel(program, program, plan, Report(), {}).eval()
 
 

@@ -88,9 +88,10 @@ def print_tables(program: Program, plan: Plan | None) -> None:
 
 
 def inspect_notes(program: Program, plan: Plan | None) -> list[str]:
+    from linearize.passes.rewrite import read_carried
     from linearize.printing import refusals
 
-    notes = [*refusals(program.sites, plan), *program.notes]
+    notes = [*refusals(program.sites, plan), *program.notes, *read_carried(program)]
     if not program.sites:
         notes.append("no softmax attention was found in this model: there is nothing to replace")
     if program.refused:

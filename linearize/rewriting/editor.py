@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,13 @@ class Editor:
 
     def call_module(self, target: str, *args: Any, origin: fx.Node | None = None) -> fx.Node:
         return self._stamped(self.graph.call_module(target, args), origin)
+
+    def copy(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """`node` again, reading other nodes where `instead` has them."""
+        copy = self.graph.node_copy(node, lambda arg: instead.get(arg, arg))
+        copy.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        copy.meta |= {"rule": self.rule, "origin": node.name}
+        return copy
 
     def add_input(self, name: str, after: fx.Node | None, state: StateTensor | None = None) -> fx.Node:
         """A new placeholder behind `after` (first of all when None)."""

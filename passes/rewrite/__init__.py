@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from linearize.passes.rewrite.carry_history import CarryHistory, read_carried
 from linearize.passes.rewrite.insert_mixers import InsertMixers
 from linearize.passes.rewrite.keep_worst import keep_worst
 from linearize.passes.rewrite.raise_attention import RaiseAttention
 
-__all__ = ["InsertMixers", "RaiseAttention", "keep_worst"]
+__all__ = ["CarryHistory", "InsertMixers", "RaiseAttention", "keep_worst", "read_carried"]

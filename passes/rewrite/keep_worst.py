@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from linearize.passes.rewrite.carry_history import CarryHistory
 from linearize.passes.rewrite.insert_mixers import InsertMixers
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
@@ -32,7 +33,7 @@ def keep_worst(teacher: Program, student: Program, plan: Plan, report: Report, s
         for entry in plan.entries
     ]
     plan = plan.model_copy(update={"entries": tuple(entries)})
-    kept = run_pipeline(teacher, [InsertMixers(plan)])
+    kept = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     for site in student.matched:
         if site.index not in worst:
             fitted = attribute(student.module, f"{MIXERS}.{site.index}")

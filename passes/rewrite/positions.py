@@ -14,6 +14,7 @@ from linearize.rewriting.editor import Editor
 from linearize.rewriting.walk import is_op, shape_of
 
 aten = torch.ops.aten
+COUNTS = (aten.arange, aten.cumsum)
 
 
 def offset_positions(editor: Editor, offset: fx.Node) -> int | None:
@@ -75,15 +76,16 @@ def shape_device(node: fx.Node) -> torch.device:
 
 
 def _embedded_positions(node: fx.Node) -> int | None:
-    """Positions that an embedding has rows for, where its ids are positions (an arange, or the `position_ids` input),
-    less the rows that the ids skip (OPT adds 2); None for an embedding of anything else."""
+    """Positions that an embedding has rows for, where its ids are positions (an arange, a count of tokens, or the
+    `position_ids` input), less the rows that the ids skip (OPT adds 2); None for an embedding of anything else."""
     if not is_op(node, aten.embedding):
         return None
     current, skipped = node.args[1], 0
-    while isinstance(current, fx.Node) and current.op == "call_function" and not is_op(current, aten.arange):
-        if is_op(current, aten.add) and isinstance(current.args[1], int):
-            skipped += current.args[1]
+    while isinstance(current, fx.Node) and current.op == "call_function" and not is_op(current, *COUNTS):
+        if is_op(current, aten.add, aten.sub) and isinstance(current.args[1], int):
+            skipped += current.args[1] if is_op(current, aten.add) else -current.args[1]
         current = current.args[0] if current.args else None
-    if isinstance(current, fx.Node) and (is_op(current, aten.arange) or current.target == POSITIONS):
+    if isinstance(current, fx.Node) and (is_op(current, *COUNTS) or current.target == POSITIONS):
+        skipped += is_op(current, aten.cumsum)  # it counts from 1
         return int(shape_of(node.args[0])[0]) - skipped  # type: ignore[arg-type]
     return None

@@ -5,8 +5,8 @@ import pytest
 from tests import zoo, zoo_checks
 from tests.zoo import Entry
 
-TAKEN = tuple(entry for entry in zoo.PLAIN if not (entry.error or entry.not_stepped))
-LEFT = tuple(entry for entry in zoo.PLAIN if entry.error or entry.not_stepped)
+TAKEN = tuple(entry for entry in zoo.PLAIN if not entry.error)
+LEFT = tuple(entry for entry in zoo.PLAIN if entry.error)
 
 
 def names(entries: tuple[Entry, ...]) -> list[object]:
@@ -26,6 +26,16 @@ def test_none_equals_the_source(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", names(tuple(entry for entry in TAKEN if entry.steps)))
 def test_steps_equal_the_source(entry: Entry) -> None:
     zoo_checks.check_steps(entry)
+
+
+@pytest.mark.parametrize("entry", names(tuple(entry for entry in TAKEN if entry.steps)))
+def test_what_is_no_matched_attention_has_the_state_that_the_table_says(entry: Entry) -> None:
+    zoo_checks.check_carried(entry)
+
+
+@pytest.mark.parametrize("entry", names(tuple(entry for entry in TAKEN if entry.whole_only)))
+def test_what_looks_ahead_runs_whole_and_says_why_it_does_not_step(entry: Entry) -> None:
+    zoo_checks.check_whole_only(entry)
 
 
 @pytest.mark.parametrize("entry", names(LEFT))

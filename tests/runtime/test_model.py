@@ -143,9 +143,9 @@ def test_passing_the_learned_positions_is_a_state_error(name: str) -> None:
         assert model(zoo.tokens(1, 64)).logits.shape[1] == 64
 
 
-def test_a_model_with_a_refused_site_runs_whole_sequences_and_says_why_it_cannot_step() -> None:
-    model = zoo.compiled("strided")
-    with pytest.raises(StateError, match=r"site 0 \(blocks.0.attn\) was left as it is: .*hides 576 past ones"):
+def test_a_model_with_a_site_that_looks_ahead_runs_whole_sequences_and_says_why_it_cannot_step() -> None:
+    model = zoo.compiled("prefix")
+    with pytest.raises(StateError, match=r"blocks.0.attn: scaled_dot_product_attention = .* looks ahead"):
         model.step(zoo.tokens(1, 3))
     assert model.report.refused[0].startswith("site 0 (blocks.0.attn)")
 
