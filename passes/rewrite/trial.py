@@ -79,7 +79,7 @@ class Trial:
             return None
 
     def without_past(self) -> frozenset[fx.Node]:
-        """Entries whose past no later output needs (queries): what comes before the new tokens may be anything there."""
+        """Entries whose past no later output needs (queries)."""
         return frozenset(node for node in self.entries if all(self._past_is_idle(node, cut) for cut in CUTS))
 
     def _past_is_idle(self, node: fx.Node, cut: int) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import linearize
-from linearize.errors import CaptureError, VerificationError
+from linearize.errors import CaptureError
 from linearize.passes.match.masks import PADDED, classify
 from linearize.passes.match.region import owner_name
 from linearize.program import Program
