@@ -1,10 +1,10 @@
 """Which nodes of a graph with state are continued rightly from piece to piece, found by value, node by node.
 
-The whole graph is run on one probe of `WHOLE` tokens and on its two pieces at once. Every node of a piece gets the whole
-run's values as its inputs, cut to the piece; what it makes of them must be the whole run's value, cut to the piece. A node
-for which this fails looks at other tokens than its own (a convolution, a scan, a cumulative sum, an attention that nobody
-matched); in the first piece only what looks ahead fails. The test is local, so one such node does not hide the next, and
-its cost is that of a few runs.
+The whole graph is run on one probe of `WHOLE` tokens and on its two pieces at once. Every node of a piece gets the
+whole run's values as its inputs, cut to the piece; what it makes of them must be the whole run's value, cut to the
+piece. A node for which this fails looks at other tokens than its own (a convolution, a scan, a cumulative sum, an
+attention that nobody matched); in the first piece only what looks ahead fails. The test is local, so one such node
+does not hide the next, and its cost is that of a few runs.
 
 Axes are found by value too: what changes from 26 to 15 to 11 is the time axis, from 2 to 3 the batch.
 """
