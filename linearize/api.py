@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize.calibration.data import checked_batches, split_rows
+from linearize.calibration.samples import sample_teacher
+from linearize.calibration.scores import site_scores, tokens_key
 from linearize.capture.torch_export import capture
 from linearize.errors import RewriteError
 from linearize.passes.calibrate import CalibrateOutputs
@@ -17,11 +20,14 @@ from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention,
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
 from linearize.program import Program
+from linearize.progress import Progress
 from linearize.recipe import Recipe
 from linearize.report import Report, SiteReport
 from linearize.runtime.model import LinearizedModel
 from linearize.spec import NoMatch, Site
 from linearize.verify import check_state_threading
+
+SCORE_TOKENS = 4096
 
 
 def compile(
@@ -57,7 +63,9 @@ def compile(
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
-    plan = plan or policy.plan(captured.matched)
+    if plan is None and policy.wanted_scores() and calibration is not None:
+        calibration = list(calibration)  # read twice: to score and to fit
+    plan = plan or plan_sites(teacher, policy, calibration, seed, progress)
     plan.check([site.index for site in captured.matched])
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     check_state_threading(student)
@@ -67,6 +75,41 @@ def compile(
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
     return finish(student, plan, report, captured.source_files)
+
+
+def plan_sites(
+    teacher: Program,
+    recipe: Recipe,
+    calibration: Iterable[torch.Tensor] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Plan:
+    """What a recipe makes of a program. Where its rules rank the sites, these are measured first, on `SCORE_TOKENS`
+    tokens of the calibration data or of the teacher's own samples, unless the cache knows them.
+
+    Raises:
+        RecipeError: the model has no weights to measure, or a score is not defined for it.
+    """
+    wanted = recipe.wanted_scores()
+    if not wanted or not teacher.matched:
+        return recipe.plan(teacher.matched, {score.name: {} for score in wanted})
+    raised = teacher if _is_raised(teacher) else run_pipeline(teacher, [RaiseAttention()])
+    bars, fit = Progress(progress), recipe.fit
+    if calibration is None:
+        key = f"own samples: {SCORE_TOKENS} tokens, rows of {fit.length}, {fit.batch} at a time, seed {seed}"
+        scores = site_scores(raised, lambda: _samples(raised, recipe, seed, bars), key, wanted, bars)
+    else:
+        given = split_rows(checked_batches(calibration, raised.vocab_size, SCORE_TOKENS), fit.batch)
+        scores = site_scores(raised, lambda: given, tokens_key(given), wanted, bars)
+    return recipe.plan(raised.matched, scores)
+
+
+def _samples(teacher: Program, recipe: Recipe, seed: int, progress: Progress) -> list[torch.Tensor]:
+    return split_rows(sample_teacher(teacher, SCORE_TOKENS, recipe.fit.length, seed, progress), recipe.fit.batch)
+
+
+def _is_raised(program: Program) -> bool:
+    return any(record.name == RaiseAttention.name for record in program.history)
 
 
 def check_sites(program: Program, recipe: Recipe) -> None:
@@ -123,7 +166,7 @@ def describe(program: Program, recipe: str | Path | Recipe | None = None) -> dic
     plan = None
     if recipe is not None:
         policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        plan = policy.plan(program.matched)
+        plan = plan_sites(program, policy)
     return {
         "model": program.model_name,
         "captured_by": program.captured_by,

@@ -219,7 +219,9 @@ def recipe_details(recipe: Recipe) -> RenderableType:
     rules = table("layers", "mixer", "options")
     for rule in recipe.rules:
         options = ", ".join(f"{key}={value}" for key, value in rule.options.items()) or "-"
-        rules.add_row(layers_text(rule.layers, rule.n, rule.first, rule.indices), rule.mixer, options)
+        layers = f"{rule.share:.0%} {rule.layers}" if rule.score is not None else ""
+        layers = layers or layers_text(rule.layers, rule.n, rule.first, rule.indices)
+        rules.add_row(layers, rule.mixer, options)
     fit = recipe.fit
     fitting = (
         f"fitted on {fit.tokens:,} tokens in rows of {fit.length}, {fit.batch} at a time, rate {fit.learning_rate:g}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,17 +21,88 @@ NONE = "none"
 _CALL = re.compile(r"^(?P<name>[^{}]+?)(\{(?P<options>[^{}]*)\})?$")
 
 
+class Score(NamedTuple):
+    """A number per site that a rule ranks them by; `mixer` and `options` (sorted) are the candidate it is measured for.
+
+    Kinds: "similarity" of a block's input before and after its attention, "error" of the candidate's output, "loss" of
+    the model with the candidate at this one site. `linearize.calibration.scores` measures them.
+    """
+
+    kind: str
+    mixer: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`similarity`, `error of lolcats{window=64}`"""
+        options = ",".join(f"{key}={value}" for key, value in self.options)
+        mixer = f"{self.mixer}{{{options}}}" if options else self.mixer
+        return f"{self.kind} of {mixer}" if mixer else self.kind
+
+
+# kind of rule: the score it ranks by, and whether the largest values are taken
+RANKED = {
+    "most_similar": ("similarity", True),
+    "least_similar": ("similarity", False),
+    "largest_error": ("error", True),
+    "smallest_error": ("error", False),
+    "most_sensitive": ("loss", True),
+    "least_sensitive": ("loss", False),
+}
+Scores = Mapping[str, Mapping[int, float]]
+
+
 class LayerRule(BaseModel):
-    """Which sites get which mixer: all of them, every n-th from `first`, or a list. Later rules win."""
+    """Which sites get which mixer: all of them, every n-th from `first`, a list, or a `share` of them (rounded, at
+    least one site) by a score. `of` names the mixer whose error or loss is meant, where it is not the rule's own (its
+    options are then that mixer's defaults). Later rules win.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mixer: str
-    layers: Literal["all", "every", "list"] = "all"
+    layers: Literal[
+        "all", "every", "list", "most_similar", "least_similar", "largest_error", "smallest_error",
+        "most_sensitive", "least_sensitive",
+    ] = "all"  # fmt: skip
     n: int = Field(default=1, ge=1)
     first: int = Field(default=0, ge=0)
     indices: tuple[int, ...] = ()
+    share: float = Field(default=0.5, gt=0, le=1)
+    of: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def score(self) -> Score | None:
+        """What has to be measured before the rule can choose; None where nothing has."""
+        if self.layers not in RANKED:
+            return None
+        kind = RANKED[self.layers][0]
+        if kind == "similarity":
+            return Score(kind)
+        return Score(kind, self.of) if self.of else Score(kind, self.mixer, tuple(sorted(self.options.items())))
+
+    def resolved(self, scores: Scores) -> LayerRule:
+        """The same rule with the sites that it chooses listed.
+
+        Raises:
+            RecipeError: its score was not measured.
+        """
+        if self.score is None:
+            return self
+        values = scores.get(self.score.name)
+        if values is None:
+            raise RecipeError(f"layers = {self.layers!r} needs the sites' {self.score.name}, which was not measured")
+        sign = -1.0 if RANKED[self.layers][1] else 1.0
+        ranked = sorted(values, key=lambda site: (sign * values[site], site))
+        count = max(1, round(self.share * len(ranked)))
+        return self.model_copy(update={"indices": tuple(sorted(ranked[:count]))})
+
+    def reason(self, site: int, scores: Scores) -> str:
+        if self.layers == "all":
+            return "recipe"
+        detail = f": {self.score.name} {scores[self.score.name][site]:.4g}" if self.score is not None else ""
+        return f"rule {self.layers}{detail}"
 
     def applies(self, site: int) -> bool:
         if self.layers == "every":
@@ -98,12 +169,22 @@ class Recipe(BaseModel):
         )
         return self.model_copy(update={"rules": rules})
 
-    def plan(self, sites: Sequence[Site]) -> Plan:
-        """What each matched site becomes, and why."""
-        return Plan(recipe=self.name, entries=tuple(self._entry(site) for site in sites))
+    def wanted_scores(self) -> list[Score]:
+        """What has to be measured on the model before `plan`, each once."""
+        return list({rule.score.name: rule.score for rule in self.rules if rule.score is not None}.values())
 
-    def _entry(self, site: Site) -> PlanEntry:
-        rule = next((rule for rule in reversed(self.rules) if rule.applies(site.index)), None)
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
+        """What each matched site becomes, and why; `scores` holds `wanted_scores` by name and site.
+
+        Raises:
+            RecipeError: a rule ranks the sites by a score that is not there.
+        """
+        scores = scores or {}
+        rules = [rule.resolved(scores) for rule in self.rules]
+        return Plan(recipe=self.name, entries=tuple(self._entry(site, rules, scores) for site in sites))
+
+    def _entry(self, site: Site, rules: list[LayerRule], scores: Scores) -> PlanEntry:
+        rule = next((rule for rule in reversed(rules) if rule.applies(site.index)), None)
         if rule is None:
             return PlanEntry(site=site.index, module=site.module, mixer="keep", reason="no rule of the recipe applies")
         sliding = site.attention.mask.size if site.attention.mask.kind == "sliding" else 0
@@ -112,7 +193,7 @@ class Recipe(BaseModel):
         refusal = _refusal(rule, site)
         if refusal is not None:
             return PlanEntry(site=site.index, module=site.module, mixer="keep", reason=refusal)
-        reason = f"rule {rule.layers}" if rule.layers != "all" else "recipe"
+        reason = rule.reason(site.index, scores)
         return PlanEntry(
             site=site.index, module=site.module, mixer=rule.mixer, options=dict(rule.options), reason=reason
         )
@@ -165,6 +246,8 @@ def _read(name: str) -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"recipe {name}: {first_problem(error)}") from error
     for index, rule in enumerate(recipe.rules):
+        if rule.of:
+            mixer_class(rule.of)
         unknown = sorted(set(rule.options) - _parameters(rule.mixer))
         if unknown:
             raise RecipeError(

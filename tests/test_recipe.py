@@ -34,7 +34,8 @@ def test_the_built_in_recipes_load_and_say_what_they_are() -> None:
         recipe = Recipe.load(name)
         assert recipe.name == name
         assert recipe.description
-        assert recipe.plan(sites(2)).recipe == name
+        scores = {score.name: {0: 0.1, 1: 0.2} for score in recipe.wanted_scores()}
+        assert recipe.plan(sites(2), scores).recipe == name
 
 
 def test_options_in_braces_replace_those_of_the_recipe() -> None:

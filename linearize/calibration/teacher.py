@@ -31,7 +31,7 @@ class TeacherStream:
     def site_values(self, site: Site, needs: tuple[str, ...], batch: int) -> tuple[list[Tensor], Tensor]:
         """([query, key, value, *needs], the teacher's output [B,H,T,dv]) of a site on one batch."""
         names = [site.nodes.query, site.nodes.key, site.nodes.value, *(getattr(site.nodes, need) for need in needs)]
-        *inputs, output = self._values([*names, site.nodes.core], batch)
+        *inputs, output = self.values([*names, site.nodes.core], batch)
         return inputs, output
 
     def walk(self, sites: tuple[Site, ...]) -> Iterator[Site]:
@@ -41,12 +41,14 @@ class TeacherStream:
             if index + 1 < len(sites):
                 self._advance(self._nodes[site.nodes.core])
 
-    def logits(self, batch: int) -> Tensor:
-        """[B, T, V] of one batch, from wherever the walk stands."""
+    def logits(self, batch: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
+        """[B, T, V] of one batch, from wherever the walk stands; `replaced` gives nodes other values by name."""
         output = next(node for node in self.program.graph.nodes if node.op == "output")
-        return evaluate(self.program.module, [output.args[0]], self._given(batch))[0]  # type: ignore[list-item]
+        given = self._given(batch) | {self._nodes[name]: value for name, value in (replaced or {}).items()}
+        return evaluate(self.program.module, [output.args[0]], given)[0]  # type: ignore[list-item]
 
-    def _values(self, names: list[str], batch: int) -> list[Tensor]:
+    def values(self, names: list[str], batch: int) -> list[Tensor]:
+        """Of any nodes behind the last cut, by name."""
         return evaluate(self.program.module, [self._nodes[name] for name in names], self._given(batch))
 
     def _advance(self, cut: fx.Node) -> None:

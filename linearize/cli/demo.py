@@ -230,7 +230,9 @@ class Demo:
 
     def unfitted(self, teacher: Program, recipe: Recipe) -> LinearizedModel:
         """The source rewritten by a recipe, its mixers at their start."""
-        return self.planned(teacher, recipe.plan(teacher.matched))
+        from linearize.api import plan_sites
+
+        return self.planned(teacher, plan_sites(teacher, recipe))
 
     def keeping_the_worst(self, teacher: Program, compiled: LinearizedModel) -> LinearizedModel:
         """The fitted model as the recipe `hybrid` makes it: the quarter of the sites that fits worst stays softmax."""

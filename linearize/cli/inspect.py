@@ -46,6 +46,7 @@ def inspect_model(
 
     Exit code 0 when every attention was matched, 2 when some were refused, 1 on an error.
     """
+    from linearize.api import plan_sites
     from linearize.capture import capture
     from linearize.recipe import Recipe
 
@@ -58,7 +59,7 @@ def inspect_model(
         return
     say(f"capturing {type(source).__name__}")
     program = capture(source)
-    plan = policy.plan(program.matched) if policy is not None else None
+    plan = plan_sites(program, policy) if policy is not None else None
     if plan is not None and save_plan is not None:
         plan.save(save_plan)
     if why is not None:
