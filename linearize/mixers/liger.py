@@ -8,7 +8,8 @@ y = alpha_h Ynear + beta_h Yfar                             (branches.py)
 The paper has alpha = beta = 0.5 and then trains the model: `liger{near=0.5, far=0.5}` gives that start, half the window
 softmax plus half a linear term that has no denominator, which is no function of the teacher: on the embedded model its
 relative MSE is 14.9, 0.47, 0.34 and 0.68 by layer, the window's 0.018, 0.50, 0.077 and 0.013. Here alpha starts at 1
-and beta at 0. pool is the mean over `pool` adjacent channels; 1 is the identity, as in three of the reference's classes.
+and beta at 0. pool is the mean over `pool` adjacent channels; 1 is the identity, as in three of the reference's
+classes.
 
 Differences from the reference code, on purpose: the window holds `window` keys in decode too (the reference: one), the
 positions are the tokens' own (the reference: the head count), and q/k norms are kept (the reference drops Qwen3's),
