@@ -188,7 +188,7 @@ class Recipe(BaseModel):
         if rule is None:
             return PlanEntry(site=site.index, module=site.module, mixer="keep", reason="no rule of the recipe applies")
         sliding = site.attention.mask.size if site.attention.mask.kind == "sliding" else 0
-        if sliding:
+        if sliding and rule.mixer != "drop":
             return _sliding_entry(site, sliding)
         refusal = _refusal(rule, site)
         if refusal is not None:

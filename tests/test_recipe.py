@@ -134,6 +134,12 @@ def test_a_sliding_source_is_planned_as_the_exact_window() -> None:
     assert (capped.mixer, capped.reason) == ("keep", "sliding window with a soft-cap")
 
 
+def test_a_sliding_source_that_is_to_be_dropped_is() -> None:
+    scores = {"similarity": {0: 0.5, 1: 0.9}}
+    plan = Recipe.load("llm-drop").plan(sites(2, mask=MaskSpec("sliding", 7)), scores)
+    assert [entry.label() for entry in plan.entries] == ["window{window=7}", "drop"]
+
+
 def test_a_site_that_the_mixer_cannot_replace_is_kept_with_the_reason() -> None:
     entry = Recipe.load("lolcats").plan(sites(1, softcap=5.0)).entries[0]
     assert (entry.mixer, entry.options) == ("keep", {})
