@@ -80,6 +80,11 @@ def check_exportable(compiled: object) -> None:
         raise ExportError(
             f"this model cannot run step by step, so it has no state to export: {compiled.program.stateless_reason}"
         )
+    if compiled.program.leaves:
+        raise ExportError(
+            f"{', '.join(compiled.program.leaves)} could not be traced and run the source's Python code, which no "
+            "exported file can hold; rewrite these modules without control flow that depends on values or lengths"
+        )
     for name, tensor in compiled.graph_module.named_parameters():
         if tensor.device.type != "cpu":
             raise ExportError(f"{name} is on {tensor.device}; move the model to the CPU to export it")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.samples import sample_teacher
@@ -31,7 +32,7 @@ SCORE_TOKENS = 4096
 
 
 def compile(
-    model: nn.Module | Program,
+    model: nn.Module | ExportedProgram | Program,
     recipe: str | Path | Recipe = "lolcats",
     *,
     calibration: Iterable[torch.Tensor] | None = None,
@@ -43,8 +44,8 @@ def compile(
     """Replace a decoder-only model's softmax attention by mixers with a fixed-size state.
 
     Args:
-        model: any `nn.Module` that maps token ids int64 [B, T] to logits, transformers or not, or what `capture` made
-            of it. It is left as it was; the result shares its parameters.
+        model: any `nn.Module` that maps token ids int64 [B, T] to logits, transformers or not, or what `capture` or
+            `torch.export` made of it. It is left as it was; the result shares its parameters.
         recipe: a name from `linearize.recipes()`, with options (`"lolcats{window=32}"`), a `.toml` path or a Recipe.
         calibration: batches of token ids int64 [B, T] to fit on; None draws the teacher's own samples.
         plan: what each site becomes; None lets the recipe decide.
@@ -59,7 +60,8 @@ def compile(
         CaptureError, RecipeError, RewriteError, DataError, VerificationError: each says what, where, and what to do.
     """
     policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    captured = model if isinstance(model, Program) else capture(model)
+    captured = capture(model)
+    check_dynamic(captured)
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
@@ -112,6 +114,21 @@ def _is_raised(program: Program) -> bool:
     return any(record.name == RaiseAttention.name for record in program.history)
 
 
+def check_dynamic(program: Program) -> None:
+    """One graph must serve prefill and decode, so batch and length are free.
+
+    Raises:
+        RewriteError: the program was captured at static sizes; it repeats why.
+    """
+    fixed = {"batch": program.fixed_batch, "length": program.fixed_length}
+    static = " and ".join(f"{what} {size}" for what, size in fixed.items() if size is not None)
+    if static:
+        raise RewriteError(
+            f"{program.model_name} could be captured at a static {static} only, where a model with a state needs any: "
+            + "; ".join(note for note in program.notes if "static" in note)
+        )
+
+
 def check_sites(program: Program, recipe: Recipe) -> None:
     """There is something to rewrite, unless the recipe rewrites nothing.
 
@@ -156,7 +173,7 @@ def load(directory: str | Path) -> LinearizedModel:
     return finish(*read(directory))
 
 
-def inspect(model: nn.Module, recipe: str | Path | Recipe | None = None) -> dict[str, Any]:
+def inspect(model: nn.Module | ExportedProgram | Program, recipe: str | Path | Recipe | None = None) -> dict[str, Any]:
     """What `linearize inspect --json` prints: every attention of a model, matched or refused and why, and the plan."""
     return describe(capture(model), recipe)
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from linearize.errors import CaptureError
 from linearize.spec import NoMatch, Site
 
 TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 MIXERS = "linearize_mixers"
+LEAF = "linearize_leaf"
+FIXED = "_linearize_fixed"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Program:
     int64 [B, T] and `position_ids` int64 [B, T]; after `thread_state` also the state tensors. Parameters are the
     source model's own, under the source's names. `padding_moves_positions`: whether the source, given a mask and no
     positions, numbers them from 0 over the padding (most do) or counts a row's real tokens (OPT).
+    `fixed_batch` and `fixed_length`: the only sizes the graph is right for, where it was captured with static ones.
+    Calls of `call_module` nodes that carry `meta["linearize_leaf"]` are modules of the source that stand opaque in the
+    graph, because they cannot be traced (`capture/leaves.py`).
     """
 
     module: fx.GraphModule
@@ -49,12 +55,26 @@ class Program:
     stateless_reason: str = ""
     max_positions: int | None = None
     padding_moves_positions: bool = True
+    fixed_batch: int | None = None
+    fixed_length: int | None = None
     source_config: dict[str, Any] | None = None
     source_files: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fixed = (self.fixed_batch, self.fixed_length)
+        if fixed != (None, None) and not hasattr(self.module, FIXED):
+            setattr(self.module, FIXED, fixed)
+            self.module.register_forward_pre_hook(_check_fixed)
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of the source's modules that stand opaque in the graph."""
+        called = [str(node.target) for node in self.graph.nodes if LEAF in node.meta]
+        return tuple(dict.fromkeys(called))
 
     @property
     def matched(self) -> tuple[Site, ...]:
@@ -101,6 +121,15 @@ class Program:
         return replace(self, history=(*self.history, record))
 
 
+def _check_fixed(module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    for dim, (size, what) in enumerate(zip(getattr(module, FIXED), ("batch", "length"), strict=True)):
+        if size is not None and inputs[0].shape[dim] != size:
+            raise CaptureError(
+                f"this program was captured at a static {what} of {size} and is right for no other (got "
+                f"{inputs[0].shape[dim]}); its notes say why it could not be captured with a dynamic {what}"
+            )
+
+
 @dataclass(frozen=True)
 class StateTensor:
     """One tensor of a recurrent state. `shape` is without the batch dim; `grows` names the dim (of `shape`) whose
@@ -138,7 +167,7 @@ def op_counts(graph: fx.Graph) -> Counter[str]:
         if node.op == "call_function":
             counts[op_name(node)] += 1
         elif node.op == "call_module":
-            counts["mixer"] += 1
+            counts["leaf" if LEAF in node.meta else "mixer"] += 1
     return counts
 
 

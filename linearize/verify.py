@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from linearize.errors import VerificationError
-from linearize.program import MASK, POSITIONS, TOKENS, Program, StateTensor, node_scope, op_name
+from linearize.program import LEAF, MASK, POSITIONS, TOKENS, Program, StateTensor, node_scope, op_name
 from linearize.rewriting.continuation import PADDED, probe, probe_lengths, read_continuation
 
 EXACT_TOLERANCE = 1e-5
@@ -33,16 +34,28 @@ def check_structure(program: Program, name: str) -> None:
 
 def check_shapes(program: Program, name: str, batch: int = 2, length: int = 13) -> None:
     """Run the graph on fake tensors at one batch and length: every operator accepts its inputs, logits have rank 3."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    batch, length = program.fixed_batch or batch, program.fixed_length or length
+    environment = ShapeEnv()  # for operators that return as many rows as the values say
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment):
         inputs = [_fake_input(node, program, batch, length) for node in program.placeholders()]
         try:
             with torch.no_grad():
-                output = fx.Interpreter(program.module, garbage_collect_values=True).run(*inputs)
+                output = _Shapes(program.module, garbage_collect_values=True).run(*inputs)
         except Exception as error:
             raise VerificationError(f"after pass {name}: {_first_line(error)}") from error
     logits = output[0] if isinstance(output, tuple | list) else output
     if logits.ndim != 3:
         raise VerificationError(f"after pass {name}: logits have shape {list(logits.shape)}, not [B, T, V]")
+
+
+class _Shapes(fx.Interpreter):
+    """Opaque leaves give what their shape function says: they could not run on tensors without values."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        if LEAF not in node.meta:
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return node.meta[LEAF]["outputs"](args, kwargs)
 
 
 def _fake_input(node: fx.Node, program: Program, batch: int, length: int) -> torch.Tensor:
@@ -65,6 +78,7 @@ def check_exact(before: Program, after: Program, name: str, batch: int = 2, leng
     """
     if before.device.type == "meta":
         return
+    batch, length = before.fixed_batch or batch, before.fixed_length or length
     expected, actual = (_probe_logits(program, batch, length) for program in (before, after))
     worst = ((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-12)).item()
     if not worst <= EXACT_TOLERANCE:

@@ -30,7 +30,7 @@ class Entry:
     """One model. `matched` and `refused` count its attentions; `masks` are those of the matched ones, in order, one
     name standing for all; every reason of a refusal contains `reason`; `extras` are among each matched site's.
 
-    `error` is the text of the CaptureError that capture must raise, `whole_only` why the compiled model runs on whole
+    `error` is the text of what capture or compile must raise, `whole_only` why the compiled model runs on whole
     sequences alone, `carried` the sizes of the states (one row, 0 tokens) of what mixes tokens and is no matched
     attention. `limit` is the longest context of its position table. `tolerance` on logits, relative to the largest.
     """
@@ -260,7 +260,7 @@ PLAIN: tuple[Entry, ...] = (
     _plain("bidirectional", LEARNED, plain.Bidirectional, error="is not a decoder: changing the last token"),
     _plain("no_logits", plain.NoLogits, error=r"returned a float32 tensor of shape \[2, 32\], not logits"),
     _plain("branch_on_values", plain.BranchOnValues, plain.FusedSDPA, error="cannot trace BranchOnValues"),
-    _plain("branch_on_length", plain.BranchOnLength, plain.FusedSDPA, error="depends on shapes in a way that tracing"),
+    _plain("branch_on_length", plain.BranchOnLength, plain.FusedSDPA, error="at a static length 13 only"),
     _plain("tutorial_detects_mask", plain.TutorialTransformer, error="cannot trace .* in module 'encoder'"),
     Entry("bert", hf("bert", is_decoder=False), error="is not a decoder", family="transformers"),
     Entry("t5", lambda: _t5(), error="is an encoder-decoder", family="transformers"),

@@ -1,34 +1,40 @@
-"""Capture by plain non-strict `torch.export`: dynamic batch and length, the model's own attention untouched."""
+"""Capture: an `nn.Module`, or what `torch.export` made of one, becomes a Program; its own attention is untouched."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
+from torch.export import ExportedProgram
 
 from linearize.capture import hf
 from linearize.capture.calling import Call, LogitsOnly, describe_call, find_logits
+from linearize.capture.checks import SHAPES, check_causal, check_equal, guarded_shapes
+from linearize.capture.exported import capture_exported
+from linearize.capture.graphs import plain_module, vocabulary
+from linearize.capture.ladder import Exported, Ladder
+from linearize.capture.leaves import Leaf, Tracing
+from linearize.capture.probing import probe_inputs, relative_difference
+from linearize.capture.restore import left_as_it_was
 from linearize.errors import CaptureError
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Program:
+def capture(model: nn.Module | ExportedProgram | Program, example_inputs: Any = None) -> Program:
     """Turn a decoder-only language model into a Program: capture, normalise, match.
 
     Args:
         model: any `nn.Module` whose forward maps token ids int64 [B, T] to logits [B, T, V] (a tensor, an object with
             `.logits`, a tuple or a dict that holds them). It is left exactly as it was, buffers and mode included.
+            Or a `torch.export.ExportedProgram` of such a model; a Program is returned as it is.
         example_inputs: token ids, or a dict of `input_ids`, `attention_mask`, `position_ids`; made up when None.
 
     Returns:
-        A Program whose `sites` hold every softmax attention: matched, or refused with a reason.
+        A Program whose `sites` hold every softmax attention: matched, or refused with a reason. `captured_by` and
+        `notes` say what it took: modules that stand opaque in the graph, dims that are static.
 
     Raises:
         CaptureError: the model cannot be traced, returns no logits, or is not causal.
@@ -36,117 +42,84 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     from linearize.passes import CAPTURE_PASSES
     from linearize.pipeline import run_pipeline
 
+    if isinstance(model, Program):
+        return model
     return run_pipeline(capture_graph(model, example_inputs), CAPTURE_PASSES)
 
 
-def capture_graph(model: nn.Module, example_inputs: Any = None) -> Program:
+def capture_graph(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
     """Only the graph, before normalising and matching. Same arguments and errors as `capture`."""
+    started = time.perf_counter()
+    if isinstance(model, ExportedProgram):
+        return capture_exported(model, example_inputs).recorded("capture", started)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got a {type(model).__name__}")
-    started = time.perf_counter()
-    with _left_as_it_was(model), torch.no_grad(), warnings.catch_warnings():
+    with left_as_it_was(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.eval()
         call = describe_call(model, example_inputs)
         if example_inputs is None and not _positions_from_zero(model, call):
             call = call.without(POSITIONS)
         wrapper = LogitsOnly(model, call)
-        exported = _export(wrapper, call)
-        module = _plain_module(exported, list(call.inputs))
-        program = Program(
-            module=module,
-            model_name=type(model).__name__,
-            captured_by="torch.export",
-            vocab_size=_vocabulary(module),
-            source_config=hf.config_dict(model),
-            source_files=hf.tokenizer_files(model),
-        )
-        check_capture(program, wrapper, call)
+        if call.inputs[TOKENS].device.type != "meta":  # sources look at values that only tracing can do without
+            wrapper(*(tensor.clone() for tensor in call.inputs.values()))  # its own failure is told as it tells it
+        program = _climb(wrapper, call)
         program = program.replace(padding_moves_positions=_padding_moves_positions(program, model, call))
     return program.recorded("capture", started)
 
 
-def _export(wrapper: LogitsOnly, call: Call) -> torch.export.ExportedProgram:
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = ({0: dynamic, 1: dynamic},) * len(call.inputs)
-    example = tuple(tensor.clone() for tensor in call.inputs.values())
-    if example[0].device.type != "meta":  # sources look at values that only tracing can do without
-        wrapper(*example)  # an ordinary failure of the model is told as the model tells it
-    try:
-        with _quiet():
-            exported = torch.export.export(wrapper, example, dynamic_shapes=(shapes,), strict=False)
-            return exported.run_decompositions({})
-    except Exception as error:
-        raise CaptureError(_why_not_traced(wrapper.model, error)) from error
+def _climb(wrapper: LogitsOnly, call: Call) -> Program:
+    model, names = wrapper.model, list(call.inputs)
+
+    def finish(exported: Exported, tracing: Tracing, dynamic: tuple[bool, bool]) -> Program:
+        module, leaves = plain_module(exported, names, model, tracing)
+        batch, length = call.inputs[TOKENS].shape
+        program = Program(
+            module=module,
+            model_name=type(model).__name__,
+            captured_by=_captured_by(leaves, dynamic),
+            vocab_size=vocabulary(module),
+            source_config=hf.config_dict(model),
+            source_files=hf.tokenizer_files(model),
+            fixed_batch=None if dynamic[0] else batch,
+            fixed_length=None if dynamic[1] else length,
+            notes=(*leaf_notes(leaves), *_static_notes(ladder, dynamic, (batch, length))),
+        )
+        check_capture(program, wrapper, call)
+        return program
+
+    ladder = Ladder(wrapper, call, finish)
+    return ladder.climb()
 
 
-def _why_not_traced(model: nn.Module, error: BaseException) -> str:
-    """Name the model's innermost module on the traceback, and torch's own first line."""
-    names = {id(module): name for name, module in model.named_modules()}
-    where, trace = "", error.__traceback__
-    while trace is not None:
-        owner = names.get(id(trace.tb_frame.f_locals.get("self")))
-        where = owner or where
-        trace = trace.tb_next
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    place = f" in module {where!r}" if where else ""
-    return (
-        f"torch.export cannot trace {type(model).__name__}{place}: {first}; "
-        "make that module's control flow independent of tensor values and of batch and length"
-    )
+def _captured_by(leaves: dict[str, Leaf], dynamic: tuple[bool, bool]) -> str:
+    text = "torch.export"
+    if leaves:
+        shown = ", ".join(list(leaves)[:3]) + (", ..." if len(leaves) > 3 else "")
+        text += f" with {len(leaves)} opaque {'leaf' if len(leaves) == 1 else 'leaves'} ({shown})"
+    fixed = [name for name, free in zip(("batch", "length"), dynamic, strict=True) if not free]
+    return text + (f" at a static {' and '.join(fixed)}" if fixed else "")
 
 
-def _plain_module(exported: torch.export.ExportedProgram, names: list[str]) -> fx.GraphModule:
-    """The exported graph with inputs under their own names, parameters under the source's, one tensor returned."""
-    source = exported.module()
-    assert isinstance(source, fx.GraphModule)
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    attributes: dict[str, Any] = {}
-    inputs = iter(names)
-    for node in source.graph.nodes:
-        if node.op == "placeholder":
-            mapping[node] = graph.placeholder(next(inputs))
-            mapping[node].meta = dict(node.meta)
-        elif node.op == "get_attr":
-            target = str(node.target).removeprefix("model.")
-            attributes[target] = _attribute(source, str(node.target))
-            mapping[node] = graph.get_attr(target)
-            mapping[node].meta = dict(node.meta)
-        elif node.op == "output":
-            (logits,) = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
-            graph.output(mapping[logits])
-        elif not (node.op == "call_module" and node.target == "_guards_fn"):
-            mapping[node] = graph.node_copy(node, lambda old: mapping[old])
-            _strip_wrapper_scope(mapping[node])
-    return fx.GraphModule(attributes, graph, class_name="Captured")
+def leaf_notes(leaves: dict[str, Leaf]) -> list[str]:
+    """What the user should know of the modules that could not be traced."""
+    notes = []
+    for name, leaf in leaves.items():
+        how = "mixes tokens, so it has no state to run step by step with" if leaf.mixes_tokens else "token by token"
+        if leaf.far_positions:
+            how += ", but past its trained length every position changes the others (dynamic scaling)"
+        notes.append(f"{name} stands opaque in the graph ({how}): {leaf.reason}")
+    return notes
 
 
-def _strip_wrapper_scope(node: fx.Node) -> None:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    node.meta["linearize_scope"] = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _vocabulary(module: fx.GraphModule) -> int | None:
-    """Rows of the table that token ids index, or None where ids meet no embedding."""
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and _is_tokens(node.args[1]):
-            return int(node.args[0].meta["val"].shape[0])
-    return None
-
-
-def _is_tokens(node: Any) -> bool:
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.target == TOKENS
+def _static_notes(ladder: Ladder, dynamic: tuple[bool, bool], shape: tuple[int, int]) -> list[str]:
+    fixed = [f"{what} {size}" for what, size, free in zip(("batch", "length"), shape, dynamic, strict=True) if not free]
+    if not fixed:
+        return []
+    return [
+        f"captured at a static {' and '.join(fixed)}, to be looked at only: it runs at no other, and cannot be "
+        f"compiled. {ladder.last_failure}"
+    ]
 
 
 def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:
@@ -158,16 +131,13 @@ def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:
     tokens = call.inputs[TOKENS]
     if tokens.device.type == "meta":
         return
-    for batch, length in ((1, 19), (3, 8), (2, 1)):
-        inputs = probe_inputs(list(call.inputs), batch, length, program.vocab_size or 2, tokens.device)
-        expected = wrapper(*inputs.values())
-        problem = _disagreement(program, inputs, expected)
-        if problem:
-            raise CaptureError(
-                f"the captured graph of {program.model_name} {problem} at batch {batch}, length {length}; "
-                "the model's computation depends on shapes in a way that tracing lost"
-            )
-    _check_causal(program, list(call.inputs), tokens.device)
+    names = list(call.inputs)
+    shapes = [*SHAPES, *guarded_shapes(program.graph)]
+    fixed = (program.fixed_batch, program.fixed_length)
+    if fixed != (None, None):
+        shapes = [(fixed[0] or batch, fixed[1] or length) for batch, length in SHAPES]
+    check_equal(program, wrapper, names, list(dict.fromkeys(shapes)))
+    check_causal(program, names, fixed[0] or 1, fixed[1] or 11)
 
 
 def _positions_from_zero(model: nn.Module, call: Call) -> bool:
@@ -187,7 +157,8 @@ def _padding_moves_positions(program: Program, model: nn.Module, call: Call) -> 
     """Whether the source, given a mask but no positions, numbers them from 0 over the padding; found by value."""
     if not {MASK, POSITIONS} <= set(call.inputs) or call.inputs[TOKENS].device.type == "meta":
         return True
-    inputs = probe_inputs(list(call.inputs), 1, 11, program.vocab_size or 2, call.inputs[TOKENS].device)
+    batch, length = program.fixed_batch or 1, program.fixed_length or 11
+    inputs = probe_inputs(list(call.inputs), batch, length, program.vocab_size or 2, call.inputs[TOKENS].device)
     inputs[MASK][:, :4] = 0
     own = find_logits(model(**{name: inputs[name] for name in (TOKENS, MASK)}, **call.fixed))
     counted = {**inputs, POSITIONS: (inputs[MASK].cumsum(1) - 1).clamp_min(0)}
@@ -195,86 +166,3 @@ def _padding_moves_positions(program: Program, model: nn.Module, call: Call) -> 
         relative_difference(program.module(*given.values())[:, 4:], own[:, 4:]) for given in (inputs, counted)
     )
     return moved <= max(counted_apart, 1e-4)  # a rotary source cannot tell
-
-
-def _disagreement(program: Program, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> str:
-    """How the graph's logits fail to be `expected` ('' where they are)."""
-    try:
-        actual = program.module(*inputs.values())
-    except (RuntimeError, IndexError, ValueError) as error:
-        return f"does not run ({str(error).strip().splitlines()[0]})"
-    if actual.shape != expected.shape:
-        return f"gives logits of shape {list(actual.shape)}, not {list(expected.shape)}"
-    worst = relative_difference(actual, expected)
-    return "" if worst <= 1e-4 else f"differs from the model by {worst:.2g} (relative)"
-
-
-def _check_causal(program: Program, names: list[str], device: torch.device) -> None:
-    inputs = probe_inputs(names, 1, 11, program.vocab_size or 2, device)
-    before = program.module(*inputs.values())
-    if before.shape[1] != 11:
-        return  # only some positions' logits are returned: nothing earlier to compare
-    inputs[TOKENS] = inputs[TOKENS].clone()
-    inputs[TOKENS][:, -1] = (inputs[TOKENS][:, -1] + 1) % (program.vocab_size or 2)
-    after = program.module(*inputs.values())
-    moved = (after - before)[:, :-1].abs().amax().item()
-    if moved > 1e-3 * before.abs().amax().item():
-        raise CaptureError(
-            f"{program.model_name} is not a decoder: changing the last token changes the logits of earlier positions "
-            f"(by {moved:.2g}); linearize takes causal language models"
-        )
-
-
-def probe_inputs(
-    names: list[str], batch: int, length: int, vocab_size: int, device: torch.device | str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Reproducible int64 [B, T] by name: random token ids below `vocab_size`, a mask of ones, positions from 0."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (batch, length), generator=generator).to(device)
-    made = {
-        TOKENS: ids,
-        MASK: torch.ones_like(ids),
-        POSITIONS: torch.arange(length, device=device).expand(batch, length).contiguous(),
-    }
-    return {name: made[name] for name in names if name in made}
-
-
-def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |actual - expected| over max |expected|; NaN counts as infinite."""
-    worst = ((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-12)).item()
-    return worst if worst == worst else float("inf")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.export from printing the whole graph when it fails: the error says where and what."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore mode, buffers and attributes of every module: some cache tensors in forward, and tracing leaves fakes."""
-    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-        (module, dict(module.__dict__), dict(module._buffers), dict(module._parameters), dict(module._modules))
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers, parameters, modules in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for held, kept in (
-                (module._buffers, buffers),
-                (module._parameters, parameters),
-                (module._modules, modules),
-            ):
-                held.clear()
-                held.update(kept)

@@ -59,6 +59,12 @@ class Manifest(BaseModel):
 def save(model: LinearizedModel, directory: str | Path) -> Path:
     """See `LinearizedModel.save_pretrained`."""
     program = model.source
+    if program.leaves:
+        raise ArtifactError(
+            f"{program.model_name} cannot be saved: {', '.join(program.leaves)} could not be traced and run the "
+            "source's Python code, which no saved model may hold; keep the compiled model in memory, or rewrite these "
+            "modules without control flow that depends on values or lengths"
+        )
     tensors, shared = _unique_tensors(program.module)
     manifest = Manifest(
         format=FORMAT,

@@ -10,7 +10,7 @@ from torch import fx
 
 from linearize.kernels import registry
 from linearize.pipeline import Keeps, Stage
-from linearize.program import Program
+from linearize.program import LEAF, Program
 from linearize.rewriting.editor import InliningTracer, remove_dead
 
 
@@ -25,7 +25,7 @@ class InlineMixers:
         graph = module.graph
         tracer = InliningTracer(module, graph)
         for node in list(graph.nodes):
-            if node.op == "call_module":
+            if node.op == "call_module" and LEAF not in node.meta:
                 _inline(tracer, node)
         remove_dead(graph)
         for node in graph.nodes:
