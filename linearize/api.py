@@ -122,7 +122,7 @@ def check_dynamic(program: Program) -> None:
     """
     fixed = {"batch": program.fixed_batch, "length": program.fixed_length}
     static = " and ".join(f"{what} {size}" for what, size in fixed.items() if size is not None)
-    if static:
+    if program.is_static:
         raise RewriteError(
             f"{program.model_name} could be captured at a static {static} only, where a model with a state needs any: "
             + "; ".join(note for note in program.notes if "static" in note)

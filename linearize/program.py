@@ -61,14 +61,18 @@ class Program:
     source_files: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fixed = (self.fixed_batch, self.fixed_length)
-        if fixed != (None, None) and not hasattr(self.module, FIXED):
-            setattr(self.module, FIXED, fixed)
+        if self.is_static and not hasattr(self.module, FIXED):
+            setattr(self.module, FIXED, (self.fixed_batch, self.fixed_length))
             self.module.register_forward_pre_hook(_check_fixed)
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is right for one batch or one length alone."""
+        return (self.fixed_batch, self.fixed_length) != (None, None)
 
     @property
     def leaves(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def leaf_notes(leaves: dict[str, Leaf]) -> list[str]:
     """What the user should know of the modules that could not be traced."""
     notes = []
     for name, leaf in leaves.items():
-        how = "mixes tokens, so it has no state to run step by step with" if leaf.mixes_tokens else "token by token"
+        how = "mixes tokens" if leaf.mixes_tokens else "token by token"
         if leaf.far_positions:
             how += ", but past its trained length every position changes the others (dynamic scaling)"
         notes.append(f"{name} stands opaque in the graph ({how}): {leaf.reason}")
@@ -134,7 +134,7 @@ def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:
     names = list(call.inputs)
     shapes = [*SHAPES, *guarded_shapes(program.graph)]
     fixed = (program.fixed_batch, program.fixed_length)
-    if fixed != (None, None):
+    if program.is_static:
         shapes = [(fixed[0] or batch, fixed[1] or length) for batch, length in SHAPES]
     check_equal(program, wrapper, names, list(dict.fromkeys(shapes)))
     check_causal(program, names, fixed[0] or 1, fixed[1] or 11)

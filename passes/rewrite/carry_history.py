@@ -67,6 +67,8 @@ class CarryHistory:
 
 def read_carried(captured: Program) -> tuple[str, ...]:
     """What `compile` would report of everything in a captured program that mixes tokens and is no matched attention."""
+    if captured.is_static:
+        return ()  # it cannot be run in pieces, nor compiled
     entries = tuple(PlanEntry(site=site.index, module=site.module, mixer="keep") for site in captured.matched)
     program = CarryHistory().run(InsertMixers(Plan(entries=entries)).run(RaiseAttention().run(captured)))
     return program.notes[len(captured.notes) :]

@@ -120,6 +120,19 @@ def test_a_pointwise_leaf_compiles_fits_and_runs_step_by_step() -> None:
     assert fitted.report.sites[0].error_fitted is not None
 
 
+@pytest.mark.parametrize("name", ["recurrence", "chunked scan"])
+def test_a_leaf_that_mixes_tokens_is_continued_from_its_history(name: str) -> None:
+    model, program = opaque(name)
+    compiled = linearize.compile(program, "none", progress=False)
+    ids = zoo.tokens(2, 37)
+    with torch.no_grad():
+        expected, state, found = model(ids), None, []
+        for part in ids.split((4, 1, 30, 2), dim=1):
+            logits, state = compiled.step(part, state)
+            found.append(logits)
+    assert zoo.difference(torch.cat(found, 1), expected) <= 1e-4
+
+
 def test_the_source_keeps_its_mode_when_the_compiled_model_changes_its_own() -> None:
     model = with_extra(parts.Experts).train()
     compiled = linearize.compile(model, "none", progress=False)
