@@ -2,13 +2,17 @@
 
 Letters as there; N = B G heads in all, D = d + dv columns of an item x = [k ; v]. Slots and leaving tokens all exist
 here, so every round removes the same number of items from each head and nothing has to be masked but the sinks.
+Float32 keys without a metric go to `slot_merge.c`, where a compiler could make it: 4 rounds in a tenth of the time.
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from linearize.kernels.cpu.native import library
 from linearize.ops.slot_merge import RESOLUTION, coarse, features
 
 
@@ -16,6 +20,31 @@ def merge_full(
     x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int, k_map: Tensor | None, v_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x [B,G,L,D], n [B,G,L], all counts positive -> means [B,G,C,D] and counts [B,G,C] of the last of `sizes`."""
+    if k_map is None and v_weight is None and x.dtype == torch.float32:
+        native = library("slot_merge")
+        if native is not None:
+            return _in_c(native, x.contiguous(), n.contiguous(), key_dim, sizes, sinks)
+    return merge_by_index(x, n, key_dim, sizes, sinks, k_map, v_weight)
+
+
+def _in_c(
+    native: ctypes.CDLL, x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int
+) -> tuple[Tensor, Tensor]:
+    """`merge_full` by `slot_merge.c`; writes to x and n."""
+    (batch, heads, items, width), long = x.shape, ctypes.c_int64
+    scratch, numbers = torch.empty((key_dim + 3) * items), torch.empty(2 * items, dtype=torch.int64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, n, scratch, numbers)]
+    native.merge_full(
+        *pointers[:2], long(batch * heads), long(items), long(width), long(key_dim),
+        (long * len(sizes))(*sizes), long(len(sizes)), long(sinks), *pointers[2:],
+    )  # fmt: skip
+    return x[:, :, : sizes[-1]], n[:, :, : sizes[-1]]
+
+
+def merge_by_index(
+    x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int, k_map: Tensor | None, v_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`merge_full` by torch operators."""
     shape = x.shape[:2]
     n = n.flatten(0, 1)
     sums = x.flatten(0, 1) * n.unsqueeze(-1)

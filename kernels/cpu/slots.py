@@ -90,18 +90,29 @@ def stream(
     check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
     sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
     slots = _start(before, slot_k, slot_v, slot_n, window, q.dtype, Policy(sizes, sinks, k_map, v_weight))
-    new = Tokens.of(q, k, v, mask, before, window)
+    even = bool(mask.all()) and len(set(before.tolist())) == 1
+    if even:
+        new = Tokens(window, q, k, v, mask.sum(1), before, before % window, torch.empty(0))
+    else:
+        new = Tokens.of(q, k, v, mask, before, window)
     ends = (new.phase + new.total).tolist()
-    blocks = max(1, -(-max(ends) // window))
-    place = new.phase[:, None] + torch.arange(q.shape[1], device=q.device)
-    line = _line(new, ring_k, ring_v, blocks, slots.x.dtype)
-    reader = q.new_zeros(q.shape[0], blocks * window, *q.shape[2:], dtype=slots.x.dtype)
-    inside = place < torch.tensor(ends, device=q.device)[:, None]
-    rows = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(place)
-    reader[rows[inside], place[inside]] = new.q[inside].to(reader.dtype) * scale
-    first = torch.div(before, window, rounding_mode="floor")
-    o = _read_blocks(reader, line, slots, ends, first.tolist(), window)
-    o = o[rows, (new.phase[:, None] + new.order).clamp(max=blocks * window - 1)].to(q.dtype)
+    length = max(1, -(-max(ends) // window)) * window
+    reader = q.new_zeros(q.shape[0], length, *q.shape[2:], dtype=slots.x.dtype)
+    line = slots.x.new_zeros(q.shape[0], k.shape[2], window + length, slots.x.shape[3])
+    first = torch.div(before, window, rounding_mode="floor").tolist()
+    if even:
+        phase = ends[0] - q.shape[1]
+        reader[:, phase : ends[0]].copy_(q).mul_(scale)
+        _fill_line(line, new, ring_k, ring_v, phase)
+        o = _read_blocks(reader, line, slots, ends, first, window)[:, phase : ends[0]].to(q.dtype).contiguous()
+    else:
+        place = new.phase[:, None] + torch.arange(q.shape[1], device=q.device)
+        inside = place < torch.tensor(ends, device=q.device)[:, None]
+        rows = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(place)
+        reader[rows[inside], place[inside]] = new.q[inside].to(reader.dtype) * scale
+        _gather_line(line, new, ring_k, ring_v)
+        o = _read_blocks(reader, line, slots, ends, first, window)
+        o = o[rows, (new.phase[:, None] + new.order).clamp(max=length - 1)].to(q.dtype)
     end = new.before + new.total
     return (o, new.ring_at(end, ring_k, new.k), new.ring_at(end, ring_v, new.v), *slots.outputs())
 
@@ -114,17 +125,27 @@ def _start(
     return _Slots(torch.cat([slot_k, slot_v], -1).to(wide), slot_n.to(wide), joined, slot_k.shape[3], policy)
 
 
-def _line(new: Tokens, ring_k: Tensor, ring_v: Tensor, blocks: int, dtype: torch.dtype) -> Tensor:
-    """x [B,G,(blocks+1) w,D]: the block before a row's first new token, then whole blocks."""
-    column = torch.arange((blocks + 1) * new.window, device=ring_k.device)
+def _fill_line(line: Tensor, new: Tokens, ring_k: Tensor, ring_v: Tensor, phase: int) -> None:
+    """The line where all rows stand at the same place and all their tokens are real."""
+    window, start = new.window, new.window + phase
+    held = torch.arange(-start, 0, device=line.device).add_(new.before[0]) % (2 * window)
+    split = [new.k.shape[3], new.v.shape[3]]
+    for part, ring, x in zip(line.split(split, dim=-1), (ring_k, ring_v), (new.k, new.v), strict=True):
+        part[:, :, :start] = ring.index_select(1, held).transpose(1, 2)
+        part[:, :, start : start + x.shape[1]] = x.transpose(1, 2)
+
+
+def _gather_line(line: Tensor, new: Tokens, ring_k: Tensor, ring_v: Tensor) -> None:
+    """line [B,G,w+length,D]: the block before a row's first new token, then whole blocks."""
+    column = torch.arange(line.shape[2], device=ring_k.device)
     rank = (new.before - new.phase - new.window)[:, None] + column
     index = rank - new.before[:, None]
     arrived = (index >= 0)[:, :, None, None]
     parts = []
     for ring, x in ((ring_k, new.k), (ring_v, new.v)):
         held = take(ring, rank % ring.shape[1])
-        parts.append(torch.where(arrived, take(x, index.clamp(0, x.shape[1] - 1)), held).to(dtype))
-    return torch.cat(parts, dim=-1).transpose(1, 2).contiguous()
+        parts.append(torch.where(arrived, take(x, index.clamp(0, x.shape[1] - 1)), held))
+    line.copy_(torch.cat(parts, dim=-1).transpose(1, 2))
 
 
 def _read_blocks(q: Tensor, line: Tensor, slots: _Slots, ends: list[int], first: list[int], window: int) -> Tensor:
