@@ -26,7 +26,8 @@ from linearize.spec import AttentionSpec
 @register_mixer
 class Slots(Mixer):
     """Options: `window` w, tokens of a block; `slots` C; `sinks`, first tokens that are never merged (they take
-    slots); `rounds` of merging a block, more being closer to merging the cheapest pair again and again.
+    slots); `rounds` of merging a block, more being closer to merging the cheapest pair again and again; `decay`, what
+    is left of the slots' counts at each block once all slots are taken (1: nothing is forgotten by age).
 
     State, of fixed size: two blocks of keys and values, and C (d + dv + 1) numbers a kv head in float32.
     """
@@ -35,14 +36,17 @@ class Slots(Mixer):
     starts_as = "the teacher's softmax, with keys and values beyond two blocks averaged in `slots` clusters"
 
     def __init__(
-        self, spec: AttentionSpec, window: int = 32, slots: int = 128, sinks: int = 0, rounds: int = 4
-    ) -> None:
-        super().__init__(spec, window=window, slots=slots, sinks=sinks, rounds=rounds)
+        self, spec: AttentionSpec, window: int = 32, slots: int = 128, sinks: int = 0, rounds: int = 4,
+        decay: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window=window, slots=slots, sinks=sinks, rounds=rounds, decay=decay)
         if window < 1 or rounds < 1 or sinks < 0:
             raise ValueError(f"window and rounds must be at least 1 and sinks at least 0: {self.options}")
         if slots < max(1, 2 * sinks):
             raise ValueError(f"slots must be at least 1 and twice the {sinks} sinks, not {slots}")
-        self.window, self.slots, self.sinks, self.rounds = window, slots, sinks, rounds
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, not {decay}")
+        self.window, self.slots, self.sinks, self.rounds, self.decay = window, slots, sinks, rounds, decay
 
     def state(self) -> tuple[StateTensor, ...]:
         """ring_k [2w,G,d], ring_v [2w,G,dv] (rank p at p % 2w), slot_k [G,C,d], slot_v [G,C,dv], slot_n [G,C]."""
@@ -62,6 +66,7 @@ class Slots(Mixer):
         o, ring_k, ring_v, slot_k, slot_v, slot_n = torch.ops.linearize.slots_chunk.default(
             tokens_first(query), tokens_first(key), tokens_first(value), mask, before, *state,
             window=self.window, scale=self.spec.scale, sinks=self.sinks, rounds=self.rounds,
+            decay=self.decay,
         )  # fmt: skip
         return tokens_first(o), ring_k, ring_v, slot_k, slot_v, slot_n
 

@@ -12,7 +12,8 @@ is complete, the tokens of block b - 1 join the slots as items of count 1 and me
 q [B,T,H,d], k [B,T,G,d], v [B,T,G,dv] are T new tokens, mask [B,T] says which are real (columns without one may stand
 anywhere; their outputs are finite), before int64 [B] counts a row's real tokens before the call. State: ring_k
 [B,2w,G,d], ring_v [B,2w,G,dv] hold the token of rank p at p % 2w; slot_k [B,G,C,d], slot_v [B,G,C,dv], slot_n [B,G,C]
-in float32, or float64 for float64 inputs. k_map [G,d,e] and v_weight [G] shape the merging cost. o has q's dtype.
+in float32, or float64 for float64 inputs. k_map [G,d,e] and v_weight [G] shape the merging cost. Once all slots are
+taken, each block that joins leaves `decay` of the counts before it, the first `sinks` slots excepted. o has q's dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from linearize.ops.slot_merge import features, merge, merge_one_by_one, round_si
 SCHEMA = (
     "slots_chunk(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor before, Tensor ring_k, Tensor ring_v, "
     "Tensor slot_k, Tensor slot_v, Tensor slot_n, Tensor? k_map=None, Tensor? v_weight=None, *, "
-    "int window, float scale, int sinks=0, int rounds=1) -> "
+    "int window, float scale, int sinks=0, int rounds=1, float decay=1.0) -> "
     "(Tensor o, Tensor ring_k, Tensor ring_v, Tensor slot_k, Tensor slot_v, Tensor slot_n)"
 )
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -38,10 +39,12 @@ Tensors = tuple[Tensor, ...]
 
 
 class Policy(NamedTuple):
-    """How items merge: the sizes after each round, the tokens that never merge, and what the cost is taken of."""
+    """How items merge: the sizes after each round, the tokens that never merge, what a full set of slots keeps of its
+    counts when a block joins, and what the cost is taken of."""
 
     sizes: list[int]
     sinks: int
+    decay: float
     k_map: Tensor | None
     v_weight: Tensor | None
 
@@ -64,10 +67,12 @@ def slots_chunk_recurrence(
     scale: float,
     sinks: int = 0,
     rounds: int = 1,
+    decay: float = 1.0,
 ) -> Outputs:
     """The truth: one row and one token at a time."""
     dtype = accumulation_dtype(q.dtype)
-    policy = Policy(round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds), sinks, k_map, v_weight)
+    sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
+    policy = Policy(sizes, sinks, decay, k_map, v_weight)
     rows = []
     for b in range(q.shape[0]):
         p, ring, slots = int(before[b]), [ring_k[b], ring_v[b]], [slot_k[b], slot_v[b], slot_n[b].to(dtype)]
@@ -103,6 +108,8 @@ def _join_one(left: list[Tensor], slots: list[Tensor], policy: Policy) -> list[T
     """The slots [G,C,..] after the tokens left, k [w,G,d] and v [w,G,dv], joined them."""
     (k, v), (slot_k, slot_v, slot_n), heads = left, slots, []
     keys, values = torch.cat([slot_k, k.transpose(0, 1)], 1), torch.cat([slot_v, v.transpose(0, 1)], 1)
+    if bool((slot_n > 0).all()):
+        slot_n = torch.cat([slot_n[:, : policy.sinks], slot_n[:, policy.sinks :] * policy.decay], 1)
     counts = torch.cat([slot_n, slot_n.new_ones(slot_n.shape[0], k.shape[0])], 1)
     y = features(keys[None], values[None], policy.k_map, policy.v_weight)[0]
     for g in range(slot_n.shape[0]):
@@ -131,6 +138,7 @@ def slots_chunk_decomposed(
     scale: float,
     sinks: int = 0,
     rounds: int = 1,
+    decay: float = 1.0,
 ) -> Outputs:
     """Standard operators, one iteration a block: a Python loop, or where T is symbolic the operator `scan`.
 
@@ -147,7 +155,7 @@ def slots_chunk_decomposed(
 
     def body(slots: Tensors, number: Tensor, offsets: Tensor, *rest: Tensor) -> tuple[Tensor, Tensors]:
         tokens, (ring_k, ring_v, *weights) = Tokens(window, *rest[:7]), rest[7:]
-        policy = Policy(sizes, sinks, *_given(weights, k_map, v_weight))
+        policy = Policy(sizes, sinks, decay, *_given(weights, k_map, v_weight))
         return _block(number, offsets, tokens, ring_k, ring_v, slots, window, scale, policy)
 
     numbers = torch.arange((length + 2 * window - 2) // window, device=q.device)
@@ -280,7 +288,7 @@ def _join(k: Tensor, v: Tensor, slots: Tensors, block: Tensor, done: Tensor, pol
     odd = (block % 2 == 1)[:, None, None, None]
     left = (torch.where(odd, x[:, :window], x[:, window:]).to(dtype).transpose(1, 2) for x in (k, v))
     keys, values = (torch.cat([old, item], dim=2) for old, item in zip(slots[:2], left, strict=True))
-    counts = torch.cat([slots[2], torch.ones_like(keys[:, :, -window:, 0])], dim=2)
+    counts = torch.cat([aged(slots[2], policy), torch.ones_like(keys[:, :, -window:, 0])], dim=2)
     y = features(keys, values, policy.k_map, policy.v_weight)
     merged = merge(keys, values, counts, y, policy.sizes, policy.sinks)
     which = done[:, None, None]
@@ -288,6 +296,14 @@ def _join(k: Tensor, v: Tensor, slots: Tensors, block: Tensor, done: Tensor, pol
         torch.where(which if new.ndim == 3 else which[..., None], new, old)
         for new, old in zip(merged, slots, strict=True)
     )
+
+
+def aged(n: Tensor, policy: Policy) -> Tensor:
+    """Counts [B,G,C] as a block joins them: once all slots are taken, `decay` of them, the sinks' excepted."""
+    if policy.decay == 1.0:
+        return n
+    sink = torch.arange(n.shape[2], device=n.device) < policy.sinks
+    return torch.where(sink | (n[:, :, -1:] == 0), n, n * policy.decay)
 
 
 def check_slots(
@@ -333,6 +349,7 @@ def _fake(
     scale: float,
     sinks: int = 0,
     rounds: int = 1,
+    decay: float = 1.0,
 ) -> Outputs:
     check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
     dtype = accumulation_dtype(q.dtype)

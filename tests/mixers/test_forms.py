@@ -22,7 +22,7 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("lolcats", {}),
     ("lolcats", {"sinks": 2, "features": 3}),
     ("slots", {"slots": 3}),
-    ("slots", {"slots": 6, "sinks": 2, "rounds": 2}),
+    ("slots", {"slots": 6, "sinks": 2, "rounds": 2, "decay": 0.75}),
     ("lizard", {}),
     ("lizard", {"features": 3, "sink_logits": 1}),
     ("liger", {}),

@@ -19,7 +19,7 @@ STATE = ("ring_k", "ring_v", "slot_k", "slot_v", "slot_n")
 
 def make_call(
     seed=0, dtype=torch.float64, batch=2, length=40, window=3, slots=6, kv_heads=2, group=2, head_dim=4, value_dim=3,
-    sinks=0, rounds=1, padding=True, metric=False, warm=0,
+    sinks=0, rounds=1, padding=True, metric=False, warm=0, decay=1.0,
 ):  # fmt: skip
     """Keyword arguments of a call; `warm` tokens, a different number in each row, were read before it."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def make_call(
         "slot_k": torch.zeros(batch, kv_heads, slots, head_dim, dtype=dtype),
         "slot_v": torch.zeros(batch, kv_heads, slots, value_dim, dtype=dtype),
         "slot_n": torch.zeros(batch, kv_heads, slots, dtype=dtype),
-        "window": window, "scale": head_dim**-0.5, "sinks": sinks, "rounds": rounds,
+        "window": window, "scale": head_dim**-0.5, "sinks": sinks, "rounds": rounds, "decay": decay,
     }  # fmt: skip
     if metric:
         call |= {"k_map": normal(kv_heads, head_dim, head_dim), "v_weight": normal(kv_heads).abs()}
@@ -80,7 +80,7 @@ def calls(draw):
         seed=draw(st.integers(0, 2**20)), batch=draw(st.integers(1, 3)), window=window, kv_heads=kv_heads, group=group,
         length=draw(st.one_of(st.just(1), st.integers(1, 40))), slots=draw(st.integers(max(1, 2 * sinks), 12)),
         sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])), padding=draw(st.booleans()), metric=draw(st.booleans()),
-        warm=draw(st.sampled_from([0, 7, 30])),
+        warm=draw(st.sampled_from([0, 7, 30])), decay=draw(st.sampled_from([1.0, 0.75])),
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_pieces_and_single_steps_equal_one_call(call, piece):
 
 
 @settings(max_examples=20)
-@given(calls())
+@given(calls().filter(lambda call: call["decay"] == 1.0))
 def test_every_token_is_counted_once(call):
     n = slots_chunk(**call)[-1]
     joined = ((call["before"] + call["mask"].sum(1)) // call["window"] - 1).clamp(min=0) * call["window"]
@@ -129,6 +129,16 @@ def test_equal_keys_merge_without_loss_whatever_their_values(form):
     q, k, v = (call[name].transpose(1, 2) for name in "qkv")
     expected = attention(q, k, v, scale=call["scale"], causal=True).transpose(1, 2)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-10)
+
+
+def test_with_decay_only_what_is_older_than_the_slots_are_many_weighs_less():
+    call = make_call(length=60, window=4, slots=8, padding=False, sinks=2, decay=0.5)
+    n = slots_chunk(**call)[-1]
+    torch.testing.assert_close(n[..., :2], torch.ones_like(n[..., :2]))
+    held = 6.0  # besides the two sinks, when the slots were first full
+    for _ in range(56 // 4 - 2):
+        held = held / 2 + 4
+    torch.testing.assert_close(n.sum(-1), torch.full_like(n[..., 0], 2 + held))
 
 
 def test_a_step_that_completes_no_block_leaves_the_slots():
