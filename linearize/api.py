@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,8 @@ def _describe_site(site: Site | NoMatch, plan: Plan | None) -> dict[str, Any]:
         "head_dim": spec.head_dim if spec else None,
         "mask": str(spec.mask) if spec else None,
         "extras": list(site.extras) if isinstance(site, Site) else [],
+        "positions": site.positions if isinstance(site, Site) else None,
+        "projections": [asdict(claim) for claim in site.projected] if isinstance(site, Site) else [],
         "plan": plan.entry(site.index).label() if plan and site.matched else None,
     }
 

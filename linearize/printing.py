@@ -177,12 +177,13 @@ def _matched_details(site: Site, plan: Plan | None) -> RenderableType:
         "heads": f"{spec.heads} query, {spec.kv_heads} key-value; head dim {spec.head_dim}, value dim {spec.value_dim}",
         "scale": f"{spec.scale:.6g}" + (f", soft-capped at {spec.softcap:g}" if spec.softcap else ""),
         "mask": f"{spec.mask}{' and padding' if spec.mask.padding else ''}, read by value {spec.mask.detail}".rstrip(),
-        "rotation": f"{spec.rope}, verified by value" if spec.rope else "none found",
+        "positions": f"{spec.rope}, verified by value" if spec.rope else site.positions,
         "output": nodes.core,
         "query, key, value": f"{nodes.query}, {nodes.key}, {nodes.value}",
         "before rotation": f"{nodes.query_unrotated or 'not recovered'}, {nodes.key_unrotated or 'not recovered'}",
         "hidden state": f"{nodes.hidden or 'not recovered'} (width {spec.hidden_dim})",
-        "projections": "\n".join(site.projections) or "none found",
+        "projections": "\n".join(map(str, site.projected)) or "none proved",
+        "parameters": "\n".join(site.projections) or "none found",
         "extras": ", ".join(site.extras) or "none",
     }
     if site.near_misses:

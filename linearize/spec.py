@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-MaskKind = Literal["causal", "sliding", "chunked", "full", "other"]
+MaskKind = Literal["causal", "sliding", "chunked", "prefix", "full", "other"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,43 @@ class SiteNodes:
     key_unrotated: str | None = None
 
 
+Role = Literal["query", "key", "value", "output"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """y = x W^T + b [+ adapter_scale B A x], of whose channels `rows` are a query's, key's or value's, head by head.
+
+    `parameter` is W, (out, in), or (in, out) where it is `transposed`; `rows` are runs (first, one past the last) of
+    output channels in the order of the heads, () for all. `adapter` names A and B of a low-rank adapter.
+    """
+
+    role: Role
+    parameter: str
+    rows: tuple[tuple[int, int], ...] = ()
+    bias: str = ""
+    transposed: bool = False
+    adapter: tuple[str, ...] = ()
+    adapter_scale: float = 0.0
+
+    def __str__(self) -> str:
+        named = "columns" if self.transposed else "rows"
+        runs = [f"{first}-{stop - 1}" for first, stop in self.rows]
+        shown = ", ".join(runs if len(runs) <= 4 else [*runs[:3], f"... ({len(runs)} runs)"])
+        parts = [f"{self.parameter} {named} {shown}" if runs else self.parameter]
+        parts += [self.bias] if self.bias else []
+        parts += [f"{self.adapter_scale:g} {self.adapter[1]} {self.adapter[0]}"] if self.adapter else []
+        return f"{self.role}: " + " + ".join(parts)
+
+
 @dataclass(frozen=True)
 class Site:
-    """An attention that was matched and validated against the canonical operator on random inputs."""
+    """An attention that was matched and validated against the canonical operator on random inputs.
+
+    `projections` names the weights that q, k, v and the output meet, by data flow; `projected` holds those of which
+    parameter and rows were proved by value. `positions` says where they come from: "rope", "alibi", "learned" or
+    "fixed" (added to the activations), "none", or "unknown" where they enter the attention in another way.
+    """
 
     index: int
     module: str
@@ -111,6 +145,8 @@ class Site:
     projections: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     near_misses: tuple[str, ...] = ()
+    projected: tuple[Projection, ...] = ()
+    positions: str = "unknown"
 
     matched = True
     reason = ""

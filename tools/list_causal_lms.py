@@ -162,6 +162,7 @@ def compare(model: Any, compiled: Any) -> dict[str, Any]:
     """Logits of the compiled model beside the source's, and what was matched."""
     sites = compiled.program.sites
     row: dict[str, Any] = {
+        "captured_by": compiled.program.captured_by,
         "sites": len(sites),
         "masks": sorted({str(site.attention.mask) for site in sites if site.matched}),
         "extras": sorted({extra for site in sites if site.matched for extra in site.extras}),

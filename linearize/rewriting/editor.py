@@ -10,11 +10,29 @@ from torch import fx, nn
 
 from linearize.program import StateTensor
 
+KEPT = "linearize_kept_for"
+
 
 def remove_dead(graph: fx.Graph) -> None:
-    """Remove every node that the output does not need. torch keeps operators that may draw random numbers (SDPA, for
-    its dropout); in inference none does."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    """Remove every node that the output does not need, unless it is kept (`keep`). torch keeps operators that may draw
+    random numbers (SDPA, for its dropout); in inference none does."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or KEPT in node.meta)
+
+
+def keep(node: fx.Node, for_node: fx.Node) -> None:
+    """`node` stays though nothing uses it yet: it is what mixers may want of `for_node` (its value before rotation)."""
+    node.meta[KEPT] = for_node.name
+
+
+def kept_for(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The kept nodes, by the name of the node that each was kept for."""
+    return {node.meta[KEPT]: node for node in graph.nodes if KEPT in node.meta}
+
+
+def release(graph: fx.Graph) -> None:
+    """Nothing is kept any longer."""
+    for node in graph.nodes:
+        node.meta.pop(KEPT, None)
 
 
 class Editor:

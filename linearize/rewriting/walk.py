@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -49,7 +48,7 @@ def evaluate(module: fx.GraphModule, targets: list[fx.Node], given: dict[fx.Node
     weights can be read too.
     """
     values = dict(given)
-    needed = _in_order(cone(targets, given), module.graph)
+    needed = ordered(cone(targets, given), module.graph)
     with torch.no_grad():
         for node in needed:
             if node not in values:
@@ -57,7 +56,8 @@ def evaluate(module: fx.GraphModule, targets: list[fx.Node], given: dict[fx.Node
     return [values[target] for target in targets]
 
 
-def _in_order(nodes: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+def ordered(nodes: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """`nodes` as they stand in the graph."""
     if len(nodes) * 4 > len(graph.nodes):
         return [node for node in graph.nodes if node in nodes]
     return sorted(nodes)  # fx nodes compare by position in their graph
@@ -88,6 +88,14 @@ def is_op(node: Any, *packets: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.overloadpacket in packets
 
 
+def swaps_last_two(node: Any) -> bool:
+    """Whether `node` is the transpose of its last two dims."""
+    rank = len(shape_of(node)) if isinstance(node, fx.Node) else 0
+    if not is_op(node, torch.ops.aten.transpose) or rank < 2:
+        return False
+    return {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}
+
+
 def walk_back(node: fx.Node, through: Callable[[fx.Node], bool]) -> fx.Node:
     """Follow first arguments back while `through` holds; the first node for which it does not."""
     while through(node) and node.args and isinstance(node.args[0], fx.Node):
@@ -95,31 +103,62 @@ def walk_back(node: fx.Node, through: Callable[[fx.Node], bool]) -> fx.Node:
     return node
 
 
+def concrete_shape(node: fx.Node, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The node's shape with numbers for its symbols, `sizes` by the symbol's name.
+
+    Raises:
+        ValueError: a dim has another symbol.
+    """
+    return tuple(dim if isinstance(dim, int) else _number(dim, sizes) for dim in shape_of(node))
+
+
+def _number(dim: Any, sizes: dict[str, int]) -> int:
+    expression = dim.node.expr
+    value = expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols if str(symbol) in sizes})
+    if not value.is_Integer:
+        raise ValueError(f"the size {dim} is not made of the batch and the length alone")
+    return int(value)
+
+
 class Dominators:
-    """Dominator tree of the part of a graph that depends on the token embedding; built once per program."""
+    """Dominator tree of the part of a graph that depends on the token embedding; built once per program.
 
-    def __init__(self, root: fx.Node, members: set[fx.Node]) -> None:
-        flow: nx.DiGraph = nx.DiGraph()
-        flow.add_node(root)
-        for node in members:
-            flow.add_edges_from((arg, node) for arg in node.all_input_nodes if arg in members)
+    The graph is acyclic and in order, so one pass suffices: a node's parent is the nearest common ancestor of its
+    inputs (Cooper, Harvey and Kennedy 2001, without the iteration).
+    """
+
+    def __init__(self, root: fx.Node, members: set[fx.Node], graph: fx.Graph) -> None:
         self._root = root
-        self._parent = nx.immediate_dominators(flow, root)
+        self._parent: dict[fx.Node, fx.Node] = {root: root}
+        self._depth: dict[fx.Node, int] = {root: 0}
+        for node in graph.nodes:
+            inputs = [arg for arg in node.all_input_nodes if arg in self._depth] if node in members else []
+            if node is not root and inputs:
+                self._parent[node] = parent = self._meet(inputs)
+                self._depth[node] = self._depth[parent] + 1
 
-    def chain(self, node: fx.Node) -> list[fx.Node]:
-        """`node`, then its dominators from the nearest to the root; [] when the root does not reach it."""
-        if node is not self._root and node not in self._parent:
-            return []
-        result = [node]
+    def chain(self, node: fx.Node) -> Iterator[fx.Node]:
+        """`node`, then its dominators from the nearest to the root; nothing when the root does not reach it."""
+        if node not in self._depth:
+            return
         while node is not self._root:
+            yield node
             node = self._parent[node]
-            result.append(node)
-        return result
+        yield node
 
     def nearest_common(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
         """The nearest node through which every path to every one of `nodes` goes (a node dominates itself)."""
-        chains = [self.chain(node) for node in nodes]
-        if not chains or not all(chains):
+        found = list(nodes)
+        if not found or not all(node in self._depth for node in found):
             return None
-        shared = set(chains[0]).intersection(*chains[1:])
-        return next((node for node in chains[0] if node in shared), None)
+        return self._meet(found)
+
+    def _meet(self, nodes: list[fx.Node]) -> fx.Node:
+        first = nodes[0]
+        for other in nodes[1:]:
+            while first is not other:
+                if self._depth[first] >= self._depth[other]:
+                    first = self._parent[first]
+                else:
+                    other = self._parent[other]
+        return first

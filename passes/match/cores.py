@@ -12,15 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from linearize.passes.match.layout import Layout, read_layout
+from linearize.passes.match.masks import hidden_source
 from linearize.passes.match.near_miss import Refusal
-from linearize.rewriting.walk import is_op, shape_of, walk_back
+from linearize.program import Program, op_name
+from linearize.rewriting.probes import plain_inputs
+from linearize.rewriting.walk import cone, evaluate, is_op, shape_of, swaps_last_two, walk_back
 
 aten = torch.ops.aten
 
 SOFTMAXES = (aten.softmax, aten._softmax, aten._safe_softmax)
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 CASTS = (aten._to_copy, aten.to, aten.clone, aten.dropout, aten.contiguous)
-VIEWS = (aten.reshape, aten.view, aten.expand, aten.squeeze, aten.unsqueeze)
+VIEWS = (aten.reshape, aten.view, aten.expand, aten.squeeze, aten.unsqueeze, aten.transpose, aten.permute)
 # What may stand between the query-key product and the softmax, with the positions of operands that are not scores.
 SCORE_STEPS = (
     aten.mul, aten.div, aten.add, aten.sub, aten.tanh, aten.where, aten.masked_fill, aten.cat, aten.maximum, aten.max,
@@ -48,19 +52,21 @@ class Core:
     causal: bool = False
     product: fx.Node | None = None
     scores: fx.Node | None = None
-    key_transposed: bool = False
     sinks: fx.Node | None = None
+    layout: Layout = field(default_factory=lambda: Layout(None))
     chain: tuple[fx.Node, ...] = ()
 
 
-def find_cores(graph: fx.Graph, activations: set[fx.Node]) -> Iterator[Core | Refusal]:
+def find_cores(program: Program, activations: set[fx.Node]) -> Iterator[Core | Refusal]:
     """Every anchor of the graph in order. Softmaxes with no activation-activation product behind them (routers,
     gates) are refused with `is_attention=False`."""
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         if is_op(node, aten.scaled_dot_product_attention):
             yield _read_sdpa(node)
         elif is_op(node, *SOFTMAXES):
-            yield _read_softmax(node, activations)
+            yield _read_softmax(program, node, activations)
+        elif op_name(node).startswith("flex_attention"):
+            yield Refusal(node, "flex_attention: its score function is code that the graph does not show", (node,))
 
 
 def _read_sdpa(node: fx.Node) -> Core | Refusal:
@@ -85,45 +91,77 @@ def _read_sdpa(node: fx.Node) -> Core | Refusal:
     )
 
 
-def _read_softmax(node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
+def _read_softmax(program: Program, node: fx.Node, activations: set[fx.Node]) -> Core | Refusal:
     dim = node.args[1]
     if dim not in (-1, len(shape_of(node)) - 1):
         return Refusal(node, f"softmax over dim {dim}, not the last", (node,), node, is_attention=False)
     chain, product = _walk_to_product(node, activations)
     if product is None:
         return Refusal(node, "no query-key product behind this softmax", tuple(chain), chain[-1], is_attention=False)
-    forward = _walk_to_values(node)
-    if forward is None:
+    output = _walk_to_values(node)
+    if output is None:
         return Refusal(node, "no product with values after this softmax", tuple(chain), node, is_attention=False)
+    walked = (*chain, product)
     if is_op(product, aten.bmm, aten.baddbmm) or len(shape_of(product)) != 4:
-        reason = f"query-key product of rank {len(shape_of(product))} is not raised yet"
-        return Refusal(node, reason, (*chain, product), product)
+        return Refusal(node, f"query-key product of rank {len(shape_of(product))}, not [B, H, T, S]", walked, product)
     scores, sinks = _read_sinks(chain, product)
     if isinstance(sinks, str):
-        join = next(step for step in chain if is_op(step, aten.cat))
-        return Refusal(node, sinks, (*chain, product), join)
-    scale, softcap, stopped = _read_scalars(chain)
+        return Refusal(node, sinks, walked, next(step for step in chain if is_op(step, aten.cat)))
+    assert scores is not None
+    if (foreign := hidden_source(scores, product, activations)) is not None:
+        reason = f"the mask or bias {foreign.name} before the softmax depends on the hidden states"
+        return Refusal(node, reason, (*walked, foreign), foreign)
+    heads = shape_of(product)[1]
+    layout = read_layout(program, scores, product, heads) if isinstance(heads, int) else None
+    if layout is None:
+        return Refusal(node, f"single scores of {product.name} cannot be followed to {scores.name}", walked, scores)
+    if (reader := _other_reader(product, output)) is not None:
+        return Refusal(node, f"its scores are also read by {reader.name} ({op_name(reader)})", (*walked, reader), reader)
+    scale, softcap, stopped = _read_scalars(program, chain, activations)
     if stopped is not None:
-        return Refusal(node, stopped[0], (*chain, product), stopped[1])
-    query, key_t = product.args[0], product.args[1]
-    if not isinstance(query, fx.Node) or not isinstance(key_t, fx.Node):
-        return Refusal(node, "query-key product of constants", (*chain, product), product, is_attention=False)
-    key, swapped = _untranspose(key_t)
+        return Refusal(node, stopped[0], walked, stopped[1])
+    return _core(walked, output, layout, scale, softcap, scores, sinks)
+
+
+def _other_reader(product: fx.Node, output: fx.Node) -> fx.Node | None:
+    """What reads scores or weights without being on the way to the output: it would need them kept."""
+    behind = cone([output], stop=[product])
+    on_chain = {product}
+    for node in sorted(behind):
+        if any(arg in on_chain for arg in node.all_input_nodes):
+            on_chain.add(node)
+    users = [user for node in on_chain - {output} for user in node.users]
+    return next((user for user in users if user not in behind), None)
+
+
+def _core(
+    chain: tuple[fx.Node, ...], output: fx.Node, layout: Layout, scale: float, softcap: float, scores: fx.Node,
+    sinks: fx.Node | None,
+) -> Core | Refusal:  # fmt: skip
+    node, product = chain[0], chain[-1]
+    left, right = product.args[:2]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return Refusal(node, "query-key product of constants", chain, product, is_attention=False)
+    turned_right, right_scale = _unscale(right)
+    inner = _untranspose(turned_right)
+    if inner is None:
+        return Refusal(node, f"the product's right operand {right.name} is no transposed tensor", (*chain, right), right)
+    query, key = (inner, left) if layout.turned else (left, inner)
     query, query_scale = _unscale(query)
     key, key_scale = _unscale(key)
     return Core(
         anchor=node,
-        output=forward,
+        output=output,
         query=query,
         key=key,
-        value=forward.args[1],  # type: ignore[arg-type]
-        scale=scale * query_scale * key_scale,
+        value=output.args[1],  # type: ignore[arg-type]
+        scale=scale * query_scale * key_scale * right_scale,
         softcap=softcap,
         product=product,
         scores=scores,
         sinks=sinks,
-        key_transposed=not swapped,
-        chain=(*chain, product),
+        layout=layout,
+        chain=chain,
     )
 
 
@@ -142,9 +180,22 @@ def _walk_to_product(node: fx.Node, activations: set[fx.Node]) -> tuple[list[fx.
 
 
 def _score_operand(node: fx.Node, activations: set[fx.Node]) -> fx.Node | None:
-    """The operand that depends on the tokens' embedding: scores do, masks do not."""
+    """The operand that depends on the tokens' embedding: scores do, masks do not. Of several, the one that comes from
+    a product: the others are biases made of hidden states."""
     candidates = [arg for arg in node.all_input_nodes if arg in activations]
+    if len(candidates) > 1:
+        from_product = [arg for arg in candidates if _from_product(arg, activations)]
+        candidates = from_product or candidates
     return candidates[0] if candidates else None
+
+
+def _from_product(node: fx.Node, activations: set[fx.Node]) -> bool:
+    while is_op(node, *SCORE_STEPS):
+        following = next((arg for arg in node.all_input_nodes if arg in activations), None)
+        if following is None:
+            return False
+        node = following
+    return is_op(node, *PRODUCTS) and sum(arg in activations for arg in node.all_input_nodes) >= 2
 
 
 def _read_sinks(chain: list[fx.Node], product: fx.Node) -> tuple[fx.Node | None, fx.Node | str | None]:
@@ -181,18 +232,12 @@ def _walk_to_values(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _untranspose(node: fx.Node) -> tuple[fx.Node, bool]:
-    """The key before it was transposed for the product."""
+def _untranspose(node: fx.Node) -> fx.Node | None:
+    """The key before it was transposed for the product; None where no node is that."""
     bare = walk_back(node, lambda step: is_op(step, *CASTS))
-    rank = len(shape_of(bare))
-    if is_op(bare, aten.transpose) and {dim % rank for dim in bare.args[1:3] if isinstance(dim, int)} == {
-        rank - 2,
-        rank - 1,
-    }:
-        return bare.args[0], True  # type: ignore[return-value]
-    if is_op(bare, aten.permute) and list(bare.args[1])[-2:] == [rank - 1, rank - 2]:  # type: ignore[arg-type]
-        return bare, False
-    return node, False
+    if swaps_last_two(bare):
+        return bare.args[0]  # type: ignore[return-value]
+    return None
 
 
 def _unscale(node: fx.Node) -> tuple[fx.Node, float]:
@@ -208,22 +253,50 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _read_scalars(chain: list[fx.Node]) -> tuple[float, float, tuple[str, fx.Node] | None]:
+def _read_scalars(program: Program, chain: list[fx.Node], activations: set[fx.Node]) -> tuple[float, float, tuple[str, fx.Node] | None]:
     """Scale before the soft-cap and the cap itself, from the steps after the product; why and where they could not be
     read. Validation proves them."""
     scale, softcap, capped = 1.0, 0.0, False
     pending = 1.0
     for step in reversed(chain[1:]):
-        number = _number(step.args[1]) if is_op(step, aten.mul, aten.div) else None
+        number = _factor(program, step, activations) if is_op(step, aten.mul, aten.div) else None
         if number is not None:
             pending *= number if is_op(step, aten.mul) else 1.0 / number
         elif is_op(step, aten.tanh):
             if capped:
                 return scale, softcap, ("two soft-caps in one chain", step)
             scale, pending, capped = pending, 1.0, True
-        elif is_op(step, aten.mul, aten.div):
+        elif is_op(step, aten.mul, aten.div) and not _masks_by_product(program, step, activations):
             return scale, softcap, (f"scores scaled by the tensor {step.args[1]}", step)
     if capped:
         softcap = pending
         return scale * softcap, softcap, None
     return pending, 0.0, None
+
+
+def _factor(program: Program, step: fx.Node, activations: set[fx.Node]) -> float | None:
+    """The number that the scores are multiplied or divided by: a literal, or a tensor of one entry that no input
+    moves (`math.sqrt` kept as a buffer)."""
+    for operand in (step.args[1], step.args[0]):
+        if (number := _number(operand)) is not None:
+            return number
+        if not isinstance(operand, fx.Node) or operand in activations or any(str(n) != "1" for n in shape_of(operand)):
+            continue
+        if any(node.op == "placeholder" for node in cone([operand])):
+            continue
+        (value,) = evaluate(program.module, [operand], {})
+        if not value.is_meta and value.numel() == 1:
+            return float(value)
+    return None
+
+
+def _masks_by_product(program: Program, step: fx.Node, activations: set[fx.Node]) -> bool:
+    """Whether the scores are multiplied by a mask of 0 and 1 (GPT-1: w b - 1e4 (1 - b)), which validation proves."""
+    factor = next((arg for arg in step.all_input_nodes if arg not in activations), None)
+    if factor is None or not is_op(step, aten.mul):
+        return False
+    try:
+        (value,) = evaluate(program.module, [factor], plain_inputs(program, 2, 5))
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError):
+        return False
+    return not value.is_meta and bool(((value == 0) | (value == 1)).all())

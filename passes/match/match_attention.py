@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from linearize.passes.match import region
+from linearize.passes.match import projections, region, surroundings
 from linearize.passes.match.cores import Core, find_cores
 from linearize.passes.match.masks import MaskReading, read_mask, read_score_mask
 from linearize.passes.match.near_miss import Refusal, refused
-from linearize.passes.match.validate import core_disagreement, read_rope
+from linearize.passes.match.rotation import read_rope
+from linearize.passes.match.validate import core_disagreement
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program, node_scope
 from linearize.rewriting.walk import is_op, shape_of
@@ -35,9 +36,10 @@ class MatchAttention:
 
     def run(self, program: Program) -> Program:
         flow = region.read_flow(program)
+        flow = replace(flow, absolute=surroundings.absolute_positions(flow))
         sites: list[Site | NoMatch] = []
         notes = list(program.notes)
-        for core in find_cores(program.graph, flow.activations):
+        for core in find_cores(program, flow.activations):
             if isinstance(core, Refusal) and not core.is_attention:
                 notes.append(f"{node_scope(core.anchor) or core.anchor.name}: left alone, {core.reason}")
             elif isinstance(core, Refusal):
@@ -73,6 +75,8 @@ def _shape_refusal(core: Core) -> str | None:
         return f"query, key and value have ranks {len(query)}, {len(key)}, {len(value)}, not 4"
     if isinstance(query[2], int):
         return f"the query axis has the fixed length {query[2]}, not the sequence's"
+    if str(key[2]) != str(query[2]) and _is_part(query[2], key[2]):
+        return f"the queries are a part of the sequence, {query[2]} of {key[2]} (attention in pieces)"
     if isinstance(key[2], int) or str(key[2]) != str(query[2]):
         return f"the key axis has length {key[2]}, not the sequence's {query[2]} (cross-attention or compressed keys)"
     if str(value[2]) != str(key[2]):
@@ -82,11 +86,24 @@ def _shape_refusal(core: Core) -> str | None:
     return None
 
 
+def _is_part(queries: object, keys: object) -> bool:
+    """Whether the number of queries is computed from the number of keys: a half of them, say."""
+    if isinstance(queries, int) or isinstance(keys, int):
+        return False
+    symbols = [size.node.expr.free_symbols for size in (queries, keys)]  # type: ignore[attr-defined]
+    return bool(symbols[0]) and symbols[0] == symbols[1] and len(symbols[1]) == 1
+
+
 def _mask_of(flow: region.Flow, core: Core) -> MaskReading:
     if core.product is not None:
         assert core.scores is not None
         return read_score_mask(
-            flow.program, core.scores, core.product, flow.activations, int(shape_of(core.product)[1])
+            flow.program,
+            core.scores,
+            core.product,
+            flow.activations,
+            int(shape_of(core.product)[1]),
+            core.layout.arrange,
         )
     return read_mask(flow.program, core.mask, core.causal, flow.activations)
 
@@ -94,6 +111,8 @@ def _mask_of(flow: region.Flow, core: Core) -> MaskReading:
 def _mask_help(mask: MaskSpec | None) -> str:
     if mask is not None and mask.kind == "full":
         return "every query sees every key, which no decoder's self-attention does"
+    if mask is not None and mask.kind == "prefix":
+        return f"the first {mask.size} keys are seen by every query, which no causal mixer does"
     return "only causal, sliding and chunked masks are raised"
 
 
@@ -129,6 +148,15 @@ def _surroundings(flow: region.Flow, core: Core, index: int, key: fx.Node, value
     names = region.parameter_names(flow, [*inputs, *([output] if output is not None else [])])
     plain_query, plain_key, rope, misses = _unrotated(flow, core.query, key)
     spec = replace(spec, rope=rope, hidden_dim=int(shape_of(hidden)[-1]) if hidden is not None else 0)
+    extras = [*_extras(flow, spec, inputs, core.query), *surroundings.after_core(flow, core.output, output)]
+    if surroundings.is_parallel(flow, hidden, inputs, output):
+        extras.append("parallel-block")
+    claims = [
+        projections.read_projection(flow, "query", plain_query or core.query),
+        projections.read_projection(flow, "key", plain_key or key),
+        projections.read_projection(flow, "value", value),
+        projections.read_output(flow, output),
+    ]
     return Site(
         index=index,
         module=region.owner_name(names, node_scope(core.anchor)) or core.anchor.name,
@@ -145,9 +173,19 @@ def _surroundings(flow: region.Flow, core: Core, index: int, key: fx.Node, value
             key_unrotated=plain_key.name if plain_key is not None else None,
         ),
         projections=names,
-        extras=_extras(flow, spec, inputs, core.query),
+        extras=tuple(extras),
         near_misses=misses,
+        projected=tuple(claim for claim in claims if claim is not None),
+        positions=_positions(flow, spec, misses),
     )
+
+
+def _positions(flow: region.Flow, spec: AttentionSpec, misses: tuple[str, ...]) -> str:
+    if spec.rope is not None:
+        return "rope"
+    if spec.alibi:
+        return "alibi"
+    return "unknown" if misses else flow.absolute or "none"
 
 
 def _output_width(output: fx.Node | None) -> int | None:
@@ -159,12 +197,13 @@ def _unrotated(
     flow: region.Flow, query: fx.Node, key: fx.Node
 ) -> tuple[fx.Node | None, fx.Node | None, RopeSpec | None, tuple[str, ...]]:
     """Query and key before the rotation, and the rotation; (None, None, None, why) where it cannot be proved."""
-    plain_query, plain_key = (region.before_rotation(flow, node) for node in (query, key))
+    kept = flow.kept
+    plain_query, plain_key = (region.before_rotation(flow, node) or kept.get(node.name) for node in (query, key))
     if plain_query is None or plain_key is None:
         return None, None, None, ("rope not recovered: no node of the same shape stands before the rotation",)
     if plain_query is query and plain_key is key:
         return query, key, None, ()
-    found = [read_rope(flow.program, a, b) for a, b in ((plain_query, query), (plain_key, key))]
+    found = [read_rope(flow, a, b) for a, b in ((plain_query, query), (plain_key, key))]
     if found[0] is None or found[0] != found[1]:
         return None, None, None, ("rope not recovered: what lies before query or key is not a rotation by value",)
     return plain_query, plain_key, found[0], ()

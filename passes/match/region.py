@@ -9,22 +9,27 @@ import torch
 from torch import fx
 
 from linearize.program import MASK, POSITIONS, TOKENS, Program
+from linearize.rewriting.editor import kept_for
 from linearize.rewriting.walk import Dominators, cone, descendants, evaluate, is_op, shape_of
 
 aten = torch.ops.aten
 
 REPEATS = (
     aten.expand, aten.reshape, aten.view, aten.unsqueeze, aten.clone, aten.repeat_interleave, aten.repeat,
-    aten.slice, aten.contiguous,
+    aten.slice, aten.contiguous, aten.flatten,
 )  # fmt: skip
-PARAMETER_PRODUCTS = (aten.linear, aten.addmm, aten.mm, aten.matmul, aten.bmm, aten.conv1d, aten.convolution)
+PARAMETER_PRODUCTS = (
+    aten.linear, aten.addmm, aten.mm, aten.matmul, aten.bmm, aten.conv1d, aten.convolution,
+    aten.einsum,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Flow:
     """Facts of the whole graph that every site needs; computed once.
 
-    `activations` depend on the token embedding, `positional` on positions but not on token values.
+    `activations` depend on the token embedding, `positional` on positions but not on token values. `kept` nodes stand
+    for others before their rotation; `absolute` says how positions are added to the activations, if they are.
     """
 
     program: Program
@@ -32,6 +37,8 @@ class Flow:
     positional: set[fx.Node]
     dominators: Dominators | None
     products: set[fx.Node]
+    kept: dict[str, fx.Node]
+    absolute: str = ""
 
 
 def read_flow(program: Program) -> Flow:
@@ -41,8 +48,8 @@ def read_flow(program: Program) -> Flow:
     sources = [node for node in graph.nodes if _is_position_source(node)]
     positional = descendants(graph, sources) - activations
     products = {node for node in graph.nodes if _is_parameter_product(node, activations)}
-    dominators = Dominators(embedding, activations) if embedding is not None else None
-    return Flow(program, activations, positional, dominators, products)
+    dominators = Dominators(embedding, activations, graph) if embedding is not None else None
+    return Flow(program, activations, positional, dominators, products, kept_for(graph))
 
 
 def _embeds_tokens(node: fx.Node, program: Program) -> bool:

@@ -19,7 +19,7 @@ from linearize.passes.rewrite.positions import offset_positions
 from linearize.pipeline import Keeps, Stage
 from linearize.plan import Plan
 from linearize.program import MASK, MIXERS, TOKENS, Program, StateTensor
-from linearize.rewriting.editor import Editor, remove_dead
+from linearize.rewriting.editor import Editor, release, remove_dead
 from linearize.spec import Site
 
 aten = torch.ops.aten
@@ -58,6 +58,7 @@ class InsertMixers:
             mixers[str(site.index)] = mixer
             new_state += _insert(editor, site, mixer, nodes, clock)
         _return(editor, new_state)
+        release(module.graph)
         remove_dead(module.graph)
         limit = offset_positions(editor, clock.offset)
         finished = editor.finish()

@@ -82,6 +82,8 @@ def _embedded_positions(node: fx.Node) -> int | None:
         return None
     current, skipped = node.args[1], 0
     while isinstance(current, fx.Node) and current.op == "call_function" and not is_op(current, *COUNTS):
+        if is_op(current, aten.where, aten.clamp, aten.minimum):
+            return None  # buckets of distances, say, which have no end
         if is_op(current, aten.add, aten.sub) and isinstance(current.args[1], int):
             skipped += current.args[1] if is_op(current, aten.add) else -current.args[1]
         current = current.args[0] if current.args else None

@@ -13,12 +13,14 @@ from torch import Tensor
 
 import linearize
 from linearize.errors import CaptureError
-from linearize.passes.match.masks import PADDED, classify
+from linearize.passes.match.masks import PADDED
+from linearize.passes.match.named_masks import MaskReading, Probe
+from linearize.passes.match.named_masks import classify as classify_at
 from linearize.passes.match.region import owner_name
 from linearize.program import Program
 from linearize.spec import MaskSpec, NoMatch
 from tests import zoo
-from tests.plain_models import DIM, Decoder, Projected
+from tests.plain_models.base import DIM, HEADS, Decoder, Projected
 
 Attend = Callable[[Projected, Tensor], Tensor]
 
@@ -38,8 +40,9 @@ def causal(x: Tensor) -> Tensor:
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
 
 
-def one_head(self: Projected, x: Tensor) -> Tensor:
-    return self.wo(F.scaled_dot_product_attention(self.wq(x), self.wk(x), self.wv(x), is_causal=True))
+def five_dims(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = (z.unflatten(1, (2, HEADS // 2)) for z in self.heads(x))
+    return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1, 2))
 
 
 def slots(self: Projected, x: Tensor) -> Tensor:
@@ -57,11 +60,73 @@ def masks_by_head(self: Projected, x: Tensor) -> Tensor:
     return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
 
 
-def far_window(self: Projected, x: Tensor) -> Tensor:
+def too_far_window(self: Projected, x: Tensor) -> Tensor:
     t = torch.arange(x.shape[1], device=x.device)
     distance = t[:, None] - t[None, :]
-    mask = (distance >= 0) & (distance < 9000)
+    mask = (distance >= 0) & (distance < 9_000_000)
     return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def window_and_chunk(self: Projected, x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[1], device=x.device)
+    distance = t[:, None] - t[None, :]
+    mask = (distance >= 0) & (distance < 4) & (t[:, None] // 6 == t[None, :] // 6)
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def window_and_first_keys(self: Projected, x: Tensor) -> Tensor:
+    """A window, and the first two keys always (attention sinks of StreamingLLM)."""
+    t = torch.arange(x.shape[1], device=x.device)
+    distance = t[:, None] - t[None, :]
+    mask = (distance >= 0) & ((distance < 4) | (t[None, :] < 2))
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def prefix(self: Projected, x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[1], device=x.device)
+    mask = (t[None, :] <= t[:, None]) | (t[None, :] < 4)
+    return self.merge(F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask))
+
+
+def top_keys(self: Projected, x: Tensor) -> Tensor:
+    """Only the keys that an indexer scores highest: causal, and more than that (DeepSeek's sparse attention)."""
+    q, k, v = self.heads(x)
+    scores = (q.sum(1) @ k.sum(1).transpose(-1, -2)).masked_fill(~causal(x), float("-inf"))
+    best = scores.argsort(-1, descending=True).argsort(-1) < 3
+    return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=(causal(x) & best)[:, None]))
+
+
+def top_keys_by_hand(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    index = (q.sum(1) @ k.sum(1).transpose(-1, -2)).masked_fill(~causal(x), float("-inf"))
+    index = index.argsort(-1, descending=True).argsort(-1) < 3
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~(causal(x) & index[:, None]), float("-inf"))
+    return self.merge(scores.softmax(-1) @ v)
+
+
+def bias_from_hidden_states(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    forget = torch.cumsum(F.logsigmoid(x[..., :1]), 1)[:, None]
+    scores = q @ k.transpose(-1, -2) + (forget - forget.transpose(-1, -2))
+    return self.merge(scores.masked_fill(~causal(x), float("-inf")).softmax(-1) @ v)
+
+
+def logsumexp_kept(self: Projected, x: Tensor) -> Tensor:
+    """The output gated by how large its scores are (Granite's sinks)."""
+    q, k, v = self.heads(x)
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~causal(x), float("-inf"))
+    gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True))
+    return self.merge(scores.softmax(-1) @ v * gate)
+
+
+def halves_of_queries(self: Projected, x: Tensor) -> Tensor:
+    q, k, v = self.heads(x)
+    half = x.shape[1] // 2
+    y = [
+        F.scaled_dot_product_attention(part, k, v, attn_mask=mask)
+        for part, mask in ((q[:, :, :half], causal(x)[:half]), (q[:, :, half:], causal(x)[half:]))
+    ]
+    return self.merge(torch.cat(y, 2))
 
 
 def mask_from_hidden_states(self: Projected, x: Tensor) -> Tensor:
@@ -134,10 +199,18 @@ def capped_twice(self: Projected, x: Tensor) -> Tensor:
 
 
 REFUSALS: tuple[tuple[Attend, str], ...] = (
-    (one_head, "SDPA on tensors of rank 3, not [B, H, T, d]"),
+    (five_dims, "SDPA on tensors of rank 5, not [B, H, T, d]"),
     (slots, "the query axis has the fixed length 5, not the sequence's"),
     (masks_by_head, "the mask differs between heads"),
-    (far_window, "has a constant above 8200, longer than can be probed"),
+    (too_far_window, "has a constant above 2097152, longer than can be probed"),
+    (window_and_chunk, "the intersection of sliding(4) and chunked(6)"),
+    (window_and_first_keys, "sliding(4) with the first 2 keys always seen"),
+    (prefix, "its mask is prefix(4): the first 4 keys are seen by every query"),
+    (top_keys, "depends on the hidden states"),
+    (top_keys_by_hand, "before the softmax depends on the hidden states"),
+    (bias_from_hidden_states, "before the softmax depends on the hidden states"),
+    (logsumexp_kept, "its scores are also read by logsumexp"),
+    (halves_of_queries, "the queries are a part of the sequence"),
     (mask_from_hidden_states, "depends on the hidden states"),
     (relative_bias, "adds a position-dependent bias to the scores"),
     (bias_by_column, "not linear in the distance (ALiBi)"),
@@ -153,7 +226,7 @@ REFUSALS: tuple[tuple[Attend, str], ...] = (
 @pytest.mark.parametrize(("attend", "reason"), REFUSALS, ids=[attend.__name__ for attend, _ in REFUSALS])
 def test_an_attention_that_must_not_match_says_why(attend: Attend, reason: str) -> None:
     program = captured_with(attend)
-    (site,) = program.sites
+    site = program.sites[0]
     assert isinstance(site, NoMatch)
     assert reason in site.reason
     assert site.module == "blocks.0.attn"
@@ -177,7 +250,6 @@ def test_softmaxes_that_are_no_attention_are_noted_and_left_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "near_miss"),
     [
-        ("deepseek_v3", "rope not recovered: no node of the same shape stands before the rotation"),
         ("hunyuan", "rope not recovered: what lies before query or key is not a rotation by value"),
     ],
 )
@@ -206,6 +278,10 @@ ROW, COLUMN = torch.arange(T)[:, None], torch.arange(T)[None, :]
 CAUSAL = COLUMN <= ROW
 
 
+def classify(allowed: Tensor, padded: bool) -> MaskReading:
+    return classify_at(allowed, Probe(T, torch.arange(T), PADDED), padded)
+
+
 def hidden_padding(base: Tensor) -> Tensor:
     """[2, 1, T, T]: row 1 of the batch with its first PADDED keys hidden."""
     padded = base.clone()
@@ -222,6 +298,7 @@ def hidden_padding(base: Tensor) -> Tensor:
         (CAUSAL & (ROW - COLUMN < T), "causal"),
         (CAUSAL & (ROW // 4 == COLUMN // 4), "chunked(4)"),
         (torch.ones(T, T, dtype=torch.bool), "full"),
+        (CAUSAL | (COLUMN < 3), "prefix(3)"),
     ],
 )
 def test_masks_are_named_by_value(base: Tensor, name: str) -> None:
@@ -239,10 +316,11 @@ def test_masks_are_named_by_value(base: Tensor, name: str) -> None:
 @pytest.mark.parametrize(
     ("base", "reason"),
     [
-        (CAUSAL | (COLUMN < 3), "unknown mask: at length 20 it shows 3 future keys and hides 0 past ones"),
+        (CAUSAL | (COLUMN == 3), "unknown mask: at length 20 it shows 3 future keys and hides 0 past ones"),
         (CAUSAL & ((ROW - COLUMN) % 2 == 0), "unknown mask: at length 20 it shows 0 future keys and hides 100"),
         (CAUSAL & ((ROW - COLUMN < 4) | (COLUMN < 1)), "unknown mask"),
         (CAUSAL & (ROW - COLUMN < 4) & (ROW // 8 == COLUMN // 8), "unknown mask"),
+        (CAUSAL & ((ROW - COLUMN < 4) | (COLUMN < 2)), "sliding(4) with the first 2 keys always seen"),
         (COLUMN < ROW, "unknown mask"),
         (COLUMN >= ROW, "unknown mask"),
     ],
