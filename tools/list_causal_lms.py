@@ -3,6 +3,7 @@
     python tools/list_causal_lms.py                 # all that docs/capture.json does not hold yet
     python tools/list_causal_lms.py --only llama    # one, again
     python tools/list_causal_lms.py --redo failed   # those of one status, again
+    python tools/list_causal_lms.py --markdown      # only docs/capture.md, from the table as it is
 
 Each model runs in its own process with a time limit. `recipe="none"` must give the source's logits at batches and
 lengths that were not traced and with left padding. One line a model, and docs/capture.json:
@@ -13,6 +14,8 @@ lengths that were not traced and with left padding. One line a model, and docs/c
     failed     an error that is not one of linearize's: a defect
     not built  no small config was found, or the source itself does not run from token ids
     no softmax compiled and equal, but there is no attention in it
+
+Rows are summed up by what kind of model they are, on the terminal and in docs/capture.md.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "capture.json"
+PAGE = TABLE.with_suffix(".md")
 SHAPES = ((1, 1), (3, 20), (1, 33))
 TOLERANCE = 1e-4
 VOCAB = 97
@@ -61,13 +65,41 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neox": {"head_dim": KEPT},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "cohere_compass_text": {"layer_types": KEPT, "num_hidden_layers": KEPT},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "intermediate_size": 64,
+                     "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
     "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
 }  # fmt: skip
+
+
+# What kind of model a family is, beyond what transformers' own lists of encoders and encoder-decoders tell.
+OTHER_CLASSES = {
+    "encoder-decoder or bidirectional": (
+        "bert-generation", "ernie", "musicgen", "musicgen_melody", "speech_to_text_2", "trocr", "whisper", "xlnet",
+    ),
+    "state-space or linear attention only": ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
+    "hybrid of softmax and others": (
+        "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3",
+        "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+        "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "zamba", "zamba2", "zaya",
+    ),
+}  # fmt: skip
+SOFTMAX = "decoder-only softmax text models"
 
 
 def main() -> None:
     arguments = _arguments()
     known: dict[str, Any] = json.loads(TABLE.read_text())["models"] if TABLE.is_file() else {}
+    if arguments.markdown:
+        PAGE.write_text(page(known))
+        return
     kinds = [arguments.only] if arguments.only else causal_kinds()
     if arguments.redo:
         known = {kind: row for kind, row in known.items() if row["status"] != arguments.redo}
@@ -77,14 +109,17 @@ def main() -> None:
         known[kind] = row = in_own_process(kind, arguments.timeout)
         print(f"{kind:28} {row['status']:10} {row['seconds']:5.1f} s  {row['detail'][:140]}", flush=True)
         write(known)
-    print(dict(Counter(row["status"] for row in known.values())))
+    PAGE.write_text(page(known))
+    for name, counts in summary(known).items():
+        print(f"{name}: {', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", help="the model type to run, though it may be in the table")
     parser.add_argument("--redo", metavar="STATUS", help="forget the rows of this status first")
-    parser.add_argument("--timeout", type=float, default=90.0, help="seconds for one model")
+    parser.add_argument("--markdown", action="store_true", help="write docs/capture.md from the table and stop")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     return parser.parse_args()
 
 
@@ -93,6 +128,47 @@ def causal_kinds() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def class_of(kind: str) -> str:
+    """What kind of model a family is, as the summary counts it."""
+    from transformers.models.auto import modeling_auto as auto
+
+    named = next((name for name, kinds in OTHER_CLASSES.items() if kind in kinds), None)
+    encoders = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    return named or ("encoder-decoder or bidirectional" if kind in encoders else SOFTMAX)
+
+
+def summary(rows: dict[str, Any]) -> dict[str, Counter[str]]:
+    """How many models of each class have each status."""
+    counts: dict[str, Counter[str]] = {SOFTMAX: Counter(), **{name: Counter() for name in OTHER_CLASSES}}
+    for kind, row in rows.items():
+        counts[class_of(kind)][row["status"]] += 1
+    return counts
+
+
+def page(rows: dict[str, Any]) -> str:
+    """docs/capture.md."""
+    statuses = ("matched", "refused", "no softmax", "not built", "failed", "unequal")
+    lines = [
+        "# Which models are taken",
+        "",
+        "Every causal language model of transformers, tiny and random, compiled with the recipe `none` and compared",
+        "with its source at other batches and lengths and with left padding (1e-4 of the largest logit). Written by",
+        "`tools/list_causal_lms.py`; [capture.json](capture.json) has a row for each.",
+        "",
+        f"| class | models | {' | '.join(statuses)} |",
+        f"|---|{'---|' * (len(statuses) + 1)}",
+    ]
+    for name, counts in summary(rows).items():
+        lines.append(f"| {name} | {counts.total()} | {' | '.join(str(counts[status]) for status in statuses)} |")
+    lines += ["", "A refused model is left as it is, and says why. Those without every attention matched:", ""]
+    lines += ["| model | class | status | why |", "|---|---|---|---|"]
+    for kind, row in rows.items():
+        if row["status"] not in ("matched", "no softmax"):
+            why = row["detail"].replace("|", "\\|")[:160]
+            lines.append(f"| {kind} | {class_of(kind)} | {row['status']} | {why} |")
+    return "\n".join(lines) + "\n"
 
 
 def write(rows: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from linearize.passes.match.layout import Layout, read_layout
+from linearize.passes.match.layout import STRAIGHT, Layout, read_layout
 from linearize.passes.match.masks import hidden_source
 from linearize.passes.match.near_miss import Refusal
 from linearize.program import Program, op_name
@@ -53,7 +53,7 @@ class Core:
     product: fx.Node | None = None
     scores: fx.Node | None = None
     sinks: fx.Node | None = None
-    layout: Layout = field(default_factory=lambda: Layout(None))
+    layout: Layout = STRAIGHT
     chain: tuple[fx.Node, ...] = ()
 
 
@@ -66,7 +66,9 @@ def find_cores(program: Program, activations: set[fx.Node]) -> Iterator[Core | R
         elif is_op(node, *SOFTMAXES):
             yield _read_softmax(program, node, activations)
         elif op_name(node).startswith("flex_attention"):
-            yield Refusal(node, "flex_attention: its score function is code that the graph does not show", (node,))
+            yield Refusal(
+                node, "flex_attention: its score function is code that the graph does not show", (node,), node
+            )
 
 
 def _read_sdpa(node: fx.Node) -> Core | Refusal:
@@ -116,7 +118,9 @@ def _read_softmax(program: Program, node: fx.Node, activations: set[fx.Node]) ->
     if layout is None:
         return Refusal(node, f"single scores of {product.name} cannot be followed to {scores.name}", walked, scores)
     if (reader := _other_reader(product, output)) is not None:
-        return Refusal(node, f"its scores are also read by {reader.name} ({op_name(reader)})", (*walked, reader), reader)
+        return Refusal(
+            node, f"its scores are also read by {reader.name} ({op_name(reader)})", (*walked, reader), reader
+        )
     scale, softcap, stopped = _read_scalars(program, chain, activations)
     if stopped is not None:
         return Refusal(node, stopped[0], walked, stopped[1])
@@ -145,7 +149,9 @@ def _core(
     turned_right, right_scale = _unscale(right)
     inner = _untranspose(turned_right)
     if inner is None:
-        return Refusal(node, f"the product's right operand {right.name} is no transposed tensor", (*chain, right), right)
+        return Refusal(
+            node, f"the product's right operand {right.name} is no transposed tensor", (*chain, right), right
+        )
     query, key = (inner, left) if layout.turned else (left, inner)
     query, query_scale = _unscale(query)
     key, key_scale = _unscale(key)
@@ -253,7 +259,9 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _read_scalars(program: Program, chain: list[fx.Node], activations: set[fx.Node]) -> tuple[float, float, tuple[str, fx.Node] | None]:
+def _read_scalars(
+    program: Program, chain: list[fx.Node], activations: set[fx.Node]
+) -> tuple[float, float, tuple[str, fx.Node] | None]:
     """Scale before the soft-cap and the cap itself, from the steps after the product; why and where they could not be
     read. Validation proves them."""
     scale, softcap, capped = 1.0, 0.0, False

@@ -30,6 +30,9 @@ class Layout:
     turned: bool = False
 
 
+STRAIGHT = Layout(None)
+
+
 def read_layout(program: Program, scores: fx.Node, product: fx.Node, heads: int) -> Layout | None:
     """How `scores` lay out `product` [B, H, x, y]; None where single scores cannot be followed through the chain."""
     if scores is product:

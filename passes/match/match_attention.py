@@ -91,7 +91,8 @@ def _is_part(queries: object, keys: object) -> bool:
     if isinstance(queries, int) or isinstance(keys, int):
         return False
     symbols = [size.node.expr.free_symbols for size in (queries, keys)]  # type: ignore[attr-defined]
-    return bool(symbols[0]) and symbols[0] == symbols[1] and len(symbols[1]) == 1
+    whole = keys.node.expr.is_Symbol  # type: ignore[attr-defined]
+    return bool(whole) and symbols[0] == symbols[1]
 
 
 def _mask_of(flow: region.Flow, core: Core) -> MaskReading:
@@ -203,6 +204,8 @@ def _unrotated(
         return None, None, None, ("rope not recovered: no node of the same shape stands before the rotation",)
     if plain_query is query and plain_key is key:
         return query, key, None, ()
+    if flow.program.device.type == "meta":
+        return None, None, None, ("rope not recovered: the meta device holds no values to prove a rotation by",)
     found = [read_rope(flow, a, b) for a, b in ((plain_query, query), (plain_key, key))]
     if found[0] is None or found[0] != found[1]:
         return None, None, None, ("rope not recovered: what lies before query or key is not a rotation by value",)

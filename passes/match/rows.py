@@ -18,6 +18,11 @@ from linearize.rewriting.walk import attribute, cone, is_op, ordered, shape_of
 aten = torch.ops.aten
 
 LARGEST_WHOLE = 1 << 26
+# Work element by element, though torch does not say so.
+UNTAGGED = (
+    aten.__and__, aten.__or__, aten.__xor__, aten.where, aten.masked_fill, aten.floor_divide, aten.rsub,
+    aten.logical_and, aten.logical_or, aten.logical_not,
+)  # fmt: skip
 FACTORIES = (aten.ones, aten.zeros, aten.full, aten.empty)
 NEW_FACTORIES = (aten.new_ones, aten.new_zeros, aten.new_full)
 LIKE = (aten.ones_like, aten.zeros_like, aten.full_like, aten.clone, aten._to_copy, aten.to, aten.alias)
@@ -118,4 +123,5 @@ class _Reader:
 
 
 def _pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or is_op(node, *UNTAGGED)

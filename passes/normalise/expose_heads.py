@@ -128,7 +128,8 @@ def _source_at_kv_heads(editor: Editor, flow: region.Flow, node: fx.Node, groups
 
 def _keep_unrotated(editor: Editor, flow: region.Flow, node: fx.Node) -> bool:
     """Add what `node` [B,H,T,d] would be without positions, unless a node is that already or none can be made."""
-    if node not in flow.activations or region.before_rotation(flow, node) is not None:
+    known = node.name in flow.kept or region.before_rotation(flow, node) is not None
+    if node not in flow.activations or known:
         return False
     plain = AtPositionZero(editor, flow, node).value()
     if plain is None or [str(size) for size in shape_of(plain)] != [str(size) for size in shape_of(node)]:

@@ -8,6 +8,7 @@ from tests.cli.conftest import Run, assert_one_error
 
 SITE_KEYS = {
     "index", "module", "status", "reason", "heads", "kv_heads", "head_dim", "mask", "extras", "plan",
+    "positions", "projections",
 }  # fmt: skip
 DILATED = "plain_model_of_a_user:make_dilated"
 
