@@ -15,6 +15,7 @@ from linearize.mixers.lolcats import Lolcats
 from linearize.mixers.mamba2 import Mamba2
 from linearize.mixers.mixture import Mixture
 from linearize.mixers.mla import MLA
+from linearize.mixers.moments import Moments
 from linearize.mixers.slots import Slots
 from linearize.mixers.window import Window
 
@@ -32,6 +33,7 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "Mixture",
+    "Moments",
     "Slots",
     "Window",
     "build_mixer",

@@ -18,6 +18,7 @@ LAYERS = (
     ("gated_deltanet", {"window": 8, "conv": 2}),
     ("mamba2", {"window": 0, "conv": 3, "output_gate": True}),
     ("lightning", {"window": 8, "sinks": 1}),
+    ("moments", {"window": 8, "sinks": 1}),
     ("drop", {}),
     ("mixture", {"parts": [{"mixer": "keep", "kv_heads": [1]}, {"mixer": "window", "kv_heads": [0]}]}),
 )

@@ -21,6 +21,8 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("window", {"sinks": 2}),
     ("lolcats", {}),
     ("lolcats", {"sinks": 2, "features": 3}),
+    ("moments", {}),
+    ("moments", {"sinks": 2}),
     ("slots", {"slots": 3}),
     ("slots", {"slots": 6, "sinks": 2, "rounds": 2, "decay": 0.75}),
     ("lizard", {}),

@@ -58,11 +58,12 @@ def test_window_equals_softmax_with_its_mask(length: int, sinks: int) -> None:
     torch.testing.assert_close(actual, softmax(x, seen), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lolcats", "moments"])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("length", [1, 3, 4])
-def test_lolcats_equals_the_teacher_inside_its_window(length: int, sinks: int) -> None:
+def test_one_normaliser_equals_the_teacher_inside_the_window(name: str, length: int, sinks: int) -> None:
     x = inputs(length)
-    actual = output(build_mixer("lolcats", spec(), {"window": 4, "sinks": sinks}), x)
+    actual = output(build_mixer(name, spec(), {"window": 4, "sinks": sinks}), x)
     torch.testing.assert_close(actual, softmax(x, distances(length) >= 0), rtol=1e-5, atol=1e-5)
 
 
@@ -75,7 +76,7 @@ def test_lolcats_starts_as_window_softmax_beyond_its_window(length: int, sinks: 
     torch.testing.assert_close(actual, softmax(x, seen), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lolcats", "lizard"])
+@pytest.mark.parametrize("name", ["lolcats", "lizard", "moments"])
 def test_preparing_lowers_the_error_of_every_head_or_leaves_it(name: str) -> None:
     """Without gradients, on a teacher that attends to everything."""
     x = inputs(24)
@@ -181,7 +182,7 @@ def _exponential(projected: Tensor) -> Tensor:
 # ---- what a mixer does not take --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "lolcats", "lizard", "liger", "mamba2"])
+@pytest.mark.parametrize("name", ["window", "lolcats", "moments", "lizard", "liger", "mamba2"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [({"softcap": 30.0}, "does not carry the soft-cap of 30"), ({"sinks": True}, "does not carry the teacher's sink")],
