@@ -34,7 +34,7 @@ SCORE_TOKENS = 4096
 
 def compile(
     model: nn.Module | ExportedProgram | Program,
-    recipe: str | Path | Recipe = "lolcats",
+    recipe: str | Path | Recipe = "auto",
     *,
     calibration: Iterable[torch.Tensor] | None = None,
     plan: Plan | None = None,

@@ -20,13 +20,13 @@ class Figures:
     threads: int
     window: int
     recipe: str
+    beside: str
     baseline: str
     quick: bool = False
     tokens_fitted: int = 0
     sites: list[dict[str, Any]] = field(default_factory=list)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     speed: list[dict[str, Any]] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
     onnx: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -60,15 +60,15 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def site_figure(figures: Figures) -> Figure:
-    names = ("window_only", "start", "fitted")
+    names = list(figures.sites[0]["errors"])
     rows = [
-        _site_row(str(site["site"]), site["module"], site["mixer"], [site[name] for name in names])
+        _site_row(str(site["site"]), site["module"], site["mixer"], [site["errors"][name] for name in names])
         for site in figures.sites
     ]
-    means = [sum(site[name] for site in figures.sites) / len(figures.sites) for name in names]
+    means = [sum(site["errors"][name] for site in figures.sites) / len(figures.sites) for name in names]
     return Figure(
         "relative MSE of each attention's output, on held-out text and recall",
-        ("site", "module", "mixer", "window", "start", "fitted"),
+        ("site", "module", "mixer", *names),
         [*rows, _site_row("", "mean", "", means)],
         words=("module", "mixer"),
     )
@@ -79,17 +79,20 @@ def _site_row(site: str, module: str, mixer: str, errors: Sequence[float]) -> Ro
 
 
 def model_figure(figures: Figures) -> Figure:
+    from linearize.printing import bytes_text
+
     first = next(iter(figures.models.values()))
     ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
     rows = [
         (
             name, f"{row['perplexity']:.2f}", f"{row['kl']:.3f}", f"{row['top1']:.1%}", f"{row['recall']:.1%}",
             *(f"{part['accuracy']:.1%}" for part in row["recall_by_distance"]),
+            bytes_text(row["state_bytes"]) if "state_bytes" in row else "grows",
         )
         for name, row in figures.models.items()
     ]  # fmt: skip
     title = f"the whole model: held-out text, and recall from beyond {figures.window} tokens by distance"
-    return Figure(title, ("model", "perplexity", "KL", "top-1", "recall", *ranges), rows, words=("model",))
+    return Figure(title, ("model", "perplexity", "KL", "top-1", "recall", *ranges, "state"), rows, words=("model",))
 
 
 def speed_figure(figures: Figures) -> Figure:
@@ -113,21 +116,19 @@ What `linearize demo` measured on the embedded model. Written by the run itself:
 $ linearize demo --markdown docs/figures.md
 ```
 
-Recipe `{recipe}`, fitted on {tokens} tokens of the model's own samples; torch {torch}, torch threads: {threads};
-{seconds:.0f} seconds in all. A machine that is busy gives other speeds, another processor slightly other errors.
+Compiled by the recipe `{recipe}`. Beside it `{beside}`, fitted on {tokens} tokens of the model's own
+samples, and `{baseline}` with its sinks; torch {torch}, torch threads: {threads}; {seconds:.0f} seconds in all.
+A machine that is busy gives other speeds, another processor slightly other errors.
 
 {sites}
 
-`window` is the recipe `{baseline}` with its sinks, which needs no fitting; `start` is the fitted recipe before
-fitting. The error is `mean (y' - y)^2 / var(y)`, each mixer fed the source's own inputs, on rows that no fit has seen.
+The error is `mean (y' - y)^2 / var(y)`, each mixer fed the source's own inputs, on rows that no fit has seen.
 
 {models}
 
 Perplexity, KL divergence from the source (nats a token) and share of equal most likely tokens are on files of the
 standard library that training held out, context 512. Recall is top-1 accuracy where the answer stands further back than
-the window: repeated segments, touching and with a gap, and key-value pairs. `hybrid` is the fitted
-model with the quarter of its attentions that fits worst (site {kept}) left as softmax with a cache, as the recipe of
-that name does: one attention does nearly all of the recall, and a fixed-size state of this size cannot.
+the window: repeated segments, touching and with a gap, and key-value pairs. State is for one sequence.
 
 {speed}
 
@@ -145,8 +146,8 @@ def markdown_page(figures: Figures) -> str:
     return PAGE.format(
         recipe=figures.recipe,
         baseline=figures.baseline,
+        beside=figures.beside,
         tokens=f"{figures.tokens_fitted:,}",
-        kept=", ".join(str(site) for site in figures.kept),
         torch=figures.versions["torch"],
         threads=figures.threads,
         seconds=figures.seconds["total"],

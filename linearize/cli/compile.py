@@ -27,7 +27,7 @@ def compile_model(
     recipe: Annotated[
         str,
         typer.Option("--recipe", "-r", help="A name, a name with options (lolcats{window=32}), or a .toml file."),
-    ] = "lolcats",
+    ] = "auto",
     data: Annotated[
         Path | None, typer.Option(help="Text file to fit on. Without one the model's own samples are used.")
     ] = None,

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from linearize.calibration.recall import RecallBatch
-    from linearize.plan import Plan
     from linearize.program import Program
     from linearize.recipe import Recipe
     from linearize.runtime.model import LinearizedModel
 
-RECIPE = "lolcats{window=32}"
+RECIPE = "auto"
+BESIDE = "lolcats{window=32}"  # the fitted rival that the figures stand beside
 NO_WINDOW = 32  # of the baseline and of recall, for a recipe that has no window
 LENGTH = 512
 PROMPT = """class Point:
@@ -86,20 +86,24 @@ def demo(
 ) -> None:
     """Do the main job on the embedded model: compile, measure, export, generate.
 
-    Shows an attention before and after, fits a hybrid of window and linear attention, exports it to ONNX.
+    Shows an attention before and after, compiles to a fixed-size state, exports it to ONNX.
 
-    Compares errors, perplexity, recall beyond the window, speed and memory. About two minutes on two cores.
+    Compares errors, perplexity and recall with a window and with a fitted LoLCATs, speed and memory with the source.
+    About two minutes on two cores.
     """
     from linearize.files import check_new_directory, write_atomically
     from linearize.recipe import Recipe
 
     sizes = QUICK if quick else FULL
-    policy = Recipe.load(recipe)
-    policy = policy.model_copy(update={"fit": policy.fit.model_copy(update={"length": sizes.fit_length})})
+    policies = [
+        policy.model_copy(update={"fit": policy.fit.model_copy(update={"length": sizes.fit_length})})
+        for policy in (Recipe.load(recipe), Recipe.load(BESIDE))
+    ]
     if output is not None:
         check_new_directory(output)
     with tempfile.TemporaryDirectory(prefix="linearize-demo-") as scratch:
-        job = Demo(sizes, policy, sizes.tokens if tokens is None else tokens, seed, output or Path(scratch, "out"))
+        budget = sizes.tokens if tokens is None else tokens
+        job = Demo(sizes, policies[0], policies[1], budget, seed, output or Path(scratch, "out"))
         job.figures.quick = quick
         job.run()
     if json_file is not None:
@@ -113,13 +117,14 @@ def demo(
 class Demo:
     """The steps in order; each prints what it found and adds it to the figures."""
 
-    def __init__(self, sizes: Sizes, recipe: Recipe, tokens: int, seed: int, folder: Path) -> None:
+    def __init__(self, sizes: Sizes, recipe: Recipe, beside: Recipe, tokens: int, seed: int, folder: Path) -> None:
         import torch
 
         import linearize
         from linearize.capture import hf
 
-        self.sizes, self.recipe, self.tokens, self.seed, self.folder = sizes, recipe, tokens, seed, folder
+        self.sizes, self.tokens, self.seed, self.folder = sizes, tokens, seed, folder
+        self.recipe, self.beside = recipe, beside
         self.console: Console = out()
         torch.set_num_threads(1)  # a model this small waits for a second thread longer than it runs
         self.window = int(recipe.rules[-1].options.get("window", NO_WINDOW))
@@ -128,6 +133,7 @@ class Demo:
             threads=torch.get_num_threads(),
             window=self.window,
             recipe=recipe_text(recipe),
+            beside=recipe_text(beside),
             baseline=f"window{{window={self.window}}}",
         )
         self.source = hf.load_model(str(linearize.demo_model_dir()))
@@ -137,10 +143,10 @@ class Demo:
         started = time.perf_counter()
         with self.step("1  capture and match"):
             captured = self.capture()
-        with self.step("2  compile and fit"):
-            teacher, compiled = self.compile(captured)
-        with self.step("3  measure"):
-            self.measure(teacher, compiled)
+        with self.step("2  compile"):
+            compiled = self.compile(captured)
+        with self.step("3  compare"):
+            self.measure(captured, compiled)
         with self.step("4  speed and memory"):
             self.race(compiled)
         with self.step("5  save and export to ONNX"):
@@ -172,23 +178,28 @@ class Demo:
         self.show_attention(program.history[-1].text, program)
         return program
 
-    def compile(self, captured: Program) -> tuple[Program, LinearizedModel]:
-        import linearize
+    def compile(self, captured: Program) -> LinearizedModel:
         from linearize import printing
-        from linearize.passes.rewrite import RaiseAttention
-        from linearize.pipeline import run_pipeline
 
-        teacher = run_pipeline(captured, [RaiseAttention()])
-        compiled = linearize.compile(captured, self.recipe, tokens=self.tokens, seed=self.seed)
-        report = compiled.report
-        self.figures.tokens_fitted = report.tokens_fitted
-        self.tell(f"recipe {self.figures.recipe}, fitted on {report.tokens_fitted:,} tokens of {report.data}")
+        compiled = self.compiled(captured, self.recipe)
+        self.tell(f"recipe {self.figures.recipe}: {self.fitting(compiled)}")
         self.tell("attention of layer 0 rewritten: a mixer, its state in and out", "dim")
         self.show_attention(compiled.source.history[-1].text, captured)
         kernels = sorted(set(compiled.report.kernels.values()))
         sizes = printing.bytes_text(compiled.state_bytes())
         self.tell(f"kernels {', '.join(kernels)}; state {sizes} a sequence, whatever its length", "dim")
-        return teacher, compiled
+        return compiled
+
+    def compiled(self, captured: Program, recipe: Recipe) -> LinearizedModel:
+        import linearize
+
+        return linearize.compile(captured, recipe, tokens=self.tokens if recipe.fit.tokens else 0, seed=self.seed)
+
+    def fitting(self, compiled: LinearizedModel) -> str:
+        report = compiled.report
+        if not report.tokens_fitted:
+            return "nothing to fit"
+        return f"fitted on {report.tokens_fitted:,} tokens of {report.data}"
 
     def show_attention(self, text: str, captured: Program) -> None:
         from linearize import printing
@@ -202,56 +213,31 @@ class Demo:
 
     # ---- 3: what was lost --------------------------------------------------------------------------------------------
 
-    def measure(self, teacher: Program, compiled: LinearizedModel) -> None:
-        from linearize.calibration.evaluate import logits_of, mixers_at_start, mixers_of, site_errors
+    def measure(self, captured: Program, compiled: LinearizedModel) -> None:
+        from linearize.calibration.evaluate import logits_of, mixers_of, site_errors
+        from linearize.passes.rewrite import RaiseAttention
+        from linearize.pipeline import run_pipeline
         from linearize.recipe import Recipe
 
+        teacher = run_pipeline(captured, [RaiseAttention()])
         data = self.data(compiled.vocab_size or 0)
-        start = self.unfitted(teacher, self.recipe)
-        window = self.unfitted(teacher, Recipe.load(self.figures.baseline))
-        columns = {
-            "window_only": site_errors(teacher, mixers_of(window.source), data.sites),
-            "start": site_errors(teacher, mixers_at_start(teacher, compiled.plan), data.sites),
-            "fitted": site_errors(teacher, mixers_of(compiled.source), data.sites),
-        }
+        window = self.compiled(captured, Recipe.load(self.figures.baseline))
+        beside = self.compiled(captured, self.beside)
+        self.figures.tokens_fitted = beside.report.tokens_fitted
+        self.tell(f"beside it {self.figures.beside}: {self.fitting(beside)}")
+        models = {"window only": window, self.beside.name: beside, f"{self.recipe.name} (compiled)": compiled}
+        errors = {name: site_errors(teacher, mixers_of(model.source), data.sites) for name, model in models.items()}
         for entry in compiled.plan.entries:
-            errors = {name: column[entry.site] for name, column in columns.items()}
-            self.figures.sites.append({"site": entry.site, "module": entry.module, "mixer": entry.label(), **errors})
+            row = {name: column[entry.site] for name, column in errors.items()}
+            site = {"site": entry.site, "module": entry.module, "mixer": entry.label(), "errors": row}
+            self.figures.sites.append(site)
         self.console.print(site_figure(self.figures).drawn())
         source = remembered(logits_of(self.source), data.text)
-        models = {"source": self.source, "window only": window, "at start": start, "fitted": compiled}
-        hybrid = self.keeping_the_worst(teacher, compiled)
-        self.figures.kept = [entry.site for entry in hybrid.plan.entries if entry.mixer == "keep"]
-        models["hybrid"] = hybrid
-        for name, model in models.items():
-            self.figures.models[name] = model_figures(logits_of(model), source, data)
+        for name, model in {"source": self.source, **models}.items():
+            sizes = {} if model is self.source else {"state_bytes": model.state_bytes(1, 0)}
+            self.figures.models[name] = {**model_figures(logits_of(model), source, data), **sizes}
         self.console.print("")
         self.console.print(model_figure(self.figures).drawn())
-
-    def unfitted(self, teacher: Program, recipe: Recipe) -> LinearizedModel:
-        """The source rewritten by a recipe, its mixers at their start."""
-        from linearize.api import plan_sites
-
-        return self.planned(teacher, plan_sites(teacher, recipe))
-
-    def keeping_the_worst(self, teacher: Program, compiled: LinearizedModel) -> LinearizedModel:
-        """The fitted model as the recipe `hybrid` makes it: the quarter of the sites that fits worst stays softmax."""
-        from linearize.api import finish
-        from linearize.passes.rewrite import keep_worst
-        from linearize.recipe import Recipe
-
-        report = compiled.report.model_copy(deep=True)
-        share = Recipe.load("hybrid").keep_worst
-        plan, student = keep_worst(teacher, compiled.source, compiled.plan, report, share)
-        return finish(student, plan, report, {})
-
-    def planned(self, teacher: Program, plan: Plan) -> LinearizedModel:
-        from linearize.api import finish, start_report
-        from linearize.passes.rewrite import InsertMixers
-        from linearize.pipeline import run_pipeline
-
-        program = run_pipeline(teacher, [InsertMixers(plan)])
-        return finish(program, plan, start_report(program, plan, self.seed), {})
 
     def data(self, vocab_size: int) -> Data:
         from linearize.calibration import demo
