@@ -233,9 +233,10 @@ class Demo:
             self.figures.sites.append(site)
         self.console.print(site_figure(self.figures).drawn())
         source = remembered(logits_of(self.source), data.text)
-        for name, model in {"source": self.source, **models}.items():
-            sizes = {} if model is self.source else {"state_bytes": model.state_bytes(1, 0)}
-            self.figures.models[name] = {**model_figures(logits_of(model), source, data), **sizes}
+        self.figures.models["source"] = model_figures(logits_of(self.source), source, data)
+        for name, model in models.items():
+            found = model_figures(logits_of(model), source, data)
+            self.figures.models[name] = {**found, "state_bytes": model.state_bytes()}
         self.console.print("")
         self.console.print(model_figure(self.figures).drawn())
 
