@@ -27,6 +27,7 @@ def test_it_fits_on_a_text_file_and_reports_errors(run: Run, llama_dir: Path, tm
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
     result = run(
         "compile", llama_dir, "-o", tmp_path / "out", "--data", tmp_path / "text.txt", "--tokens", 1024, "--window", 8,
+        "--recipe", "lolcats",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "relative MSE" in result.stdout
