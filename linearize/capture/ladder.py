@@ -17,7 +17,7 @@ import torch
 from linearize.capture import culprits
 from linearize.capture.calling import Call, LogitsOnly
 from linearize.capture.checks import SHAPES, Mismatch
-from linearize.capture.leaf_probe import mixes_tokens
+from linearize.capture.leaf_probe import check_stateless, mixes_tokens
 from linearize.capture.leaf_shapes import learn_shapes
 from linearize.capture.leaves import Leaf, Tracing, opaque, shared_copy
 from linearize.capture.probing import (
@@ -32,6 +32,7 @@ from linearize.capture.probing import (
 from linearize.capture.recording import Call as ModuleCall
 from linearize.capture.recording import Recording, recorded
 from linearize.capture.restore import Snapshot
+from linearize.capture.stand_in import stand_in_forward, valued_call, with_values
 from linearize.errors import CaptureError
 from linearize.program import TOKENS, Program
 
@@ -57,6 +58,7 @@ class Ladder:
         self.model = self.wrapper.model
         self._snapshot = Snapshot(self.model)
         self._vocabulary = safe_vocabulary(self.model)
+        self._without_weights = self.call.inputs[TOKENS].device.type == "meta"
 
     def climb(self) -> Program:
         """The program of the first rung that holds.
@@ -125,7 +127,7 @@ class Ladder:
         return name in self.leaves or _below(name, self.leaves)
 
     def _learn(self, names: list[str], reason: str) -> dict[str, Leaf]:
-        runs = [self._record(names, shape) for shape in PROBES]
+        runs = [self._record(names, shape, names) for shape in PROBES]
         called = [name for name in names if all(run.calls[name] for run in runs)]
         if names[0] not in called:
             raise CaptureError(f"{names[0]} is not called at every shape, so what it returns cannot be learned")
@@ -146,22 +148,27 @@ class Ladder:
         if len({len(each) for each in calls}) > 1:
             raise CaptureError("it is called another number of times at another shape")
         shapes = [learn_shapes(each) for each in zip(*calls, strict=True)]
-        module = shared_copy(self.model.get_submodule(name), self.model)
-        if calls[0][0].tensors() and calls[0][0].tensors()[0].device.type == "meta":
-            return Leaf(name, reason, shapes, module, mixes_tokens=True)
         batch, length = PROBES[0]
-        mixes, far = mixes_tokens(module, calls[0][0], batch, length)
+        module, call = shared_copy(self.model.get_submodule(name), self.model), calls[0][0]
+        runs_alone = with_values(module, module) if self._without_weights else module
+        if not self._without_weights:
+            check_stateless(shared_copy(module, module), [each[0] for each in calls])
+        mixes, far = mixes_tokens(runs_alone, valued_call(call) if self._without_weights else call, batch, length)
         return Leaf(name, reason, shapes, module, mixes, far)
 
-    def _record(self, names: Sequence[str], shape: tuple[int, int]) -> Recording:
+    def _record(self, names: Sequence[str], shape: tuple[int, int], opaque_names: Sequence[str] = ()) -> Recording:
+        """One run of the model. Without weights, random ones stand in for those of what is, or shall be, opaque."""
         inputs = probe_inputs(list(self.call.inputs), *shape, self._vocabulary, self.call.inputs[TOKENS].device)
         try:
+            if self._without_weights:
+                for name in {*opaque_names, *self.leaves}:
+                    module = self.model.get_submodule(name)
+                    module.__dict__["forward"] = stand_in_forward(with_values(module, self.model))
             with recorded(self.model, names, shape[1]) as recording:
                 self.wrapper(*inputs.values())
         except (RuntimeError, IndexError, ValueError) as error:
-            if self.call.inputs[TOKENS].device.type == "meta":
-                raise CaptureError(f"without weights its results cannot be learned ({first_line(error)})") from error
-            raise CaptureError(f"the model does not run at batch {shape[0]}, length {shape[1]}: {error}") from error
+            where = "without weights its results cannot be learned" if self._without_weights else f"it fails at {shape}"
+            raise CaptureError(f"{names[0] if names else 'the model'}: {where} ({first_line(error)})") from error
         finally:
             self._snapshot.restore()
         return recording

@@ -9,12 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from linearize.capture.recording import Call
+from linearize.capture.recording import Call, TensorFact
 from linearize.errors import CaptureError
 
 TOLERANCE = 1e-4
 TOUCHED = (3, 9)
 FAR = 100_003
+
+
+def check_stateless(module: nn.Module, calls: Sequence[Call]) -> None:
+    """Calls of several shapes, one after the other, give what the model got from them.
+
+    Raises:
+        CaptureError: they do not, since the module keeps a state that something else resets.
+    """
+    for call in calls:
+        expected = [fact.shape for fact in call.outputs if isinstance(fact, TensorFact)]
+        try:
+            found = [tuple(tensor.shape) for tensor in _run(module, call, call.inputs)]
+        except (RuntimeError, IndexError, ValueError):
+            found = []
+        if found != expected:
+            raise CaptureError("it keeps a state from one call to the next")
 
 
 def mixes_tokens(module: nn.Module, call: Call, batch: int, length: int) -> tuple[bool, bool]:

@@ -69,7 +69,7 @@ def capture_graph(model: nn.Module | ExportedProgram, example_inputs: Any = None
 
 
 def _climb(wrapper: LogitsOnly, call: Call) -> Program:
-    model, names = wrapper.model, list(call.inputs)
+    model, names, device = wrapper.model, list(call.inputs), call.inputs[TOKENS].device
 
     def finish(exported: Exported, tracing: Tracing, dynamic: tuple[bool, bool]) -> Program:
         module, leaves = plain_module(exported, names, model, tracing)
@@ -86,7 +86,7 @@ def _climb(wrapper: LogitsOnly, call: Call) -> Program:
             notes=(*leaf_notes(leaves), *_static_notes(ladder, dynamic, (batch, length))),
         )
         check_capture(program, wrapper, call)
-        return program
+        return program if device.type != "meta" else program.replace(notes=(*program.notes, *_unchecked(program)))
 
     ladder = Ladder(wrapper, call, finish)
     return ladder.climb()
@@ -120,6 +120,20 @@ def _static_notes(ladder: Ladder, dynamic: tuple[bool, bool], shape: tuple[int, 
         f"captured at a static {' and '.join(fixed)}, to be looked at only: it runs at no other, and cannot be "
         f"compiled. {ladder.last_failure}"
     ]
+
+
+def _unchecked(program: Program) -> list[str]:
+    """What could not be found out without weights."""
+    notes = []
+    if program.leaves:
+        notes.append("without weights, what is known of opaque modules comes from random numbers in their place")
+    lengths = [length for batch, length in guarded_shapes(program.graph) if batch == 2]
+    if lengths:
+        notes.append(
+            f"without weights it cannot be checked that the graph is right from length {min(lengths)} on, where "
+            "conditions that tracing assumed do not hold"
+        )
+    return notes
 
 
 def check_capture(program: Program, wrapper: LogitsOnly, call: Call) -> None:

@@ -143,6 +143,35 @@ def test_the_source_keeps_its_mode_when_the_compiled_model_changes_its_own() -> 
     assert not any(module.training for module in model.modules())
 
 
+def test_a_module_whose_state_another_resets_is_opaque_together_with_it() -> None:
+    model = with_extra(parts.Resets)
+    program = linearize.capture(model)
+    assert program.leaves == ("extra.0",)
+    for batch, length in ((2, 5), (3, 9)):
+        ids = zoo.tokens(batch, length)
+        with torch.no_grad():
+            assert zoo.difference(program.module(ids), model(ids)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["experts", "recurrence", "dynamic angles"])
+def test_without_weights_random_numbers_stand_in_for_a_leaf(name: str) -> None:
+    part, call, mixes = OPAQUE[name]
+    with torch.device("meta"):
+        model = With(part(), call)
+    program = linearize.capture(model)
+    assert program.leaves == ("extra.0",)
+    assert leaf_notes(program)["extra.0"]["mixes_tokens"] is mixes
+    assert len(program.matched) == 1
+    assert program.notes[-1].startswith("without weights, what is known of opaque modules")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_without_weights_conditions_on_the_length_are_told() -> None:
+    with torch.device("meta"):
+        model = With(parts.ChunkedScan())
+    assert "from length 33 on" in linearize.capture(model).notes[-1]
+
+
 def test_hooks_of_a_leaf_run_once() -> None:
     model = with_extra(parts.Experts)
     model.get_submodule("extra.0").register_forward_hook(lambda module, args, output: output * 3)
@@ -253,3 +282,31 @@ def test_output_shapes_follow_batch_length_and_their_product() -> None:
     found = shapes([torch.zeros(4, 7, 6), 7], {})
     assert [tuple(tensor.shape) for tensor in found] == [(28, 6), (4, 6, 7), (9,), (5, 14), (12, 7, 6)]
     assert found[1].stride() == (42, 1, 6)
+
+
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+JAMBA = {
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "leaf"),
+    [
+        ("llama", {"num_hidden_layers": 1, "rope_parameters": DYNAMIC_ROPE}, "model.rotary_emb"),
+        ("jamba", JAMBA, "model.layers.0.mamba"),
+    ],
+)
+def test_families_of_transformers_with_an_untraceable_module(kind: str, options: dict[str, Any], leaf: str) -> None:
+    model = zoo.hf(kind, **options)()
+    compiled = linearize.compile(model, "none", progress=False)
+    assert compiled.program.leaves == (leaf,)
+    assert len(compiled.program.matched) == 1
+    ids = zoo.tokens(3, 20)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        assert zoo.difference(compiled(ids).logits, expected) <= 1e-5
+        first, state = compiled.step(ids[:, :12])
+        second, _ = compiled.step(ids[:, 12:], state)
+    assert zoo.difference(torch.cat((first, second), 1), expected) <= 1e-4

@@ -160,6 +160,29 @@ class Noisy(nn.Module):
         return x + float(x.sum() * 0) + torch.rand(x.shape)
 
 
+class Remembers(nn.Module):
+    """Goes on from the state that it kept, unless somebody else has taken it away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = None
+
+    def forward(self, x):
+        start = torch.zeros_like(x[:, 0]) if self.state is None else self.state
+        self.state = x[:, -1]
+        return x + 0 * start[:, None] * float(x.sum())
+
+
+class Resets(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Remembers()
+
+    def forward(self, x):
+        self.inner.state = None
+        return self.inner(x)
+
+
 class InPlace(nn.Module):
     """Changes the tensor that it was given."""
 
