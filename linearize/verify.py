@@ -14,6 +14,7 @@ from linearize.program import LEAF, MASK, POSITIONS, TOKENS, Program, StateTenso
 from linearize.rewriting.continuation import PADDED, probe, probe_lengths, read_continuation
 
 EXACT_TOLERANCE = 1e-5
+PIECES_TOLERANCE, PIECES_TOLERANCE_IN_HALF = 1e-3, 3e-2  # what is not continued differs by 0.1 and more
 
 
 def check_structure(program: Program, name: str) -> None:
@@ -102,8 +103,10 @@ def _probe_logits(program: Program, batch: int, length: int) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def check_state_threading(program: Program, tolerance: float = 1e-3) -> None:
+def check_state_threading(program: Program, tolerance: float | None = None) -> None:
     """Three pieces with the state between them, one a single token, give what one call gives, padding included.
+
+    `tolerance` is relative to the largest logit; None takes 1e-3, or 3e-2 for a model with weights in half precision.
 
     Raises:
         VerificationError: they differ; it names the first node that is not continued from the state.
@@ -111,12 +114,18 @@ def check_state_threading(program: Program, tolerance: float = 1e-3) -> None:
     if program.device.type == "meta" or program.stateless_reason:
         return
     worst, error = pieces_difference(program)
+    if tolerance is None:
+        tolerance = PIECES_TOLERANCE_IN_HALF if _in_half(program) else PIECES_TOLERANCE
     if error is None and worst <= tolerance:
         return
     what = f"does not run ({_first_line(error)})" if error is not None else f"differs by {worst:.2g} (relative)"
     raise VerificationError(
         f"{program.model_name} run in pieces, with the state between them, {what}: {_first_not_continued(program)}"
     )
+
+
+def _in_half(program: Program) -> bool:
+    return any(weight.dtype in (torch.float16, torch.bfloat16) for weight in program.module.parameters())
 
 
 def pieces_difference(program: Program) -> tuple[float, Exception | None]:
