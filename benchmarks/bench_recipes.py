@@ -158,7 +158,9 @@ MSE is the mean over sites of the relative error of the attention's output, each
 held-out text and recall. Perplexity and top-1 agreement are on held-out text of {LENGTH} tokens a row, recall is top-1
 accuracy where the answer stands that far back. State is for one sequence; a source's cache at 4k is
 {bytes_text(2 * 4 * 2 * 32 * 4 * 4096)}. Speed is decoding at context 4,096 relative to the source with its cache, steps
-taken in turn. Every recipe has the same samples of the source to fit on; how often it passes over them is its own.
+taken in turn, on a machine that was busy with other work: ratios within a third of each other say nothing. Every
+recipe has the same samples of the source to fit on; how often it passes over them is its own.
+Latent attention against an SVD of the weights at the same cache: `benchmarks/bench_mla.py`, docs/mla_figures.json.
 """
 
 
