@@ -299,7 +299,9 @@ class Demo:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """`lolcats{window=32}`"""
+    """`lolcats{window=32}`; the name alone where layers differ, as the sites' table shows."""
+    if len(recipe.rules) > 1:
+        return recipe.name
     options = ",".join(f"{key}={value}" for key, value in recipe.rules[-1].options.items())
     return f"{recipe.name}{{{options}}}" if options else recipe.name
 
