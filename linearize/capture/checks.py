@@ -31,15 +31,19 @@ def check_equal(program: Program, source: Run, names: list[str], shapes: Sequenc
 
     Raises:
         Mismatch: it does not.
+        CaptureError: the source does not run at an ordinary shape.
     """
     for batch, length in shapes:
         inputs = probe_inputs(names, batch, length, program.vocab_size or 2, program.device)
         try:
             expected = source(*inputs.values())
-        except (RuntimeError, IndexError, ValueError, AssertionError):
-            if (batch, length) in SHAPES:
-                raise
-            continue  # longer than the source's positions
+        except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+            if (batch, length) not in SHAPES:
+                continue  # longer than the source's positions
+            raise CaptureError(
+                f"{program.model_name} itself does not run at batch {batch}, length {length} ({first_line(error)}), "
+                "though it ran before at others; it may keep state from call to call, which a graph cannot hold"
+            ) from error
         problem = _disagreement(program, inputs, expected)
         if problem:
             text = (

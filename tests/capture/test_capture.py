@@ -177,3 +177,20 @@ def test_a_base_model_without_a_head_is_still_only_a_function_of_tokens() -> Non
 def test_a_module_without_parameters_is_refused_by_what_it_returns() -> None:
     with pytest.raises(CaptureError, match="not logits"):
         linearize.capture(nn.Identity())
+
+
+def test_a_model_that_remembers_the_shape_of_an_earlier_call_is_refused() -> None:
+    class Remembering(LearnedPositions):
+        """Adds what it saw first to every later call, as a cache in an attribute does."""
+
+        first: torch.Tensor | None = None
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = super().forward(tokens)
+            if not torch.compiler.is_compiling():
+                self.first = logits.detach() if self.first is None else self.first
+                logits = logits + 0 * self.first
+            return logits
+
+    with pytest.raises(CaptureError, match=r"does not run at batch 1, length 19 .*keep state from call to call"):
+        linearize.capture(Remembering(FusedSDPA))
