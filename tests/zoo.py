@@ -179,7 +179,7 @@ TAIL: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
                                "intermediate_size_mlp": 64, "rope_parameters": {"rope_type": "default",
                                "rope_theta": 10000.0}},
      {"matched": 4, "masks": ("chunked(6)", "chunked(6)", "chunked(6)", "causal"), "extras": ("gqa", "padding")}),
-    ("roberta", "roberta", {"is_decoder": True}, {"carried": ((1,),)}),  # positions counted in the tokens
+    ("roberta", "roberta", {"is_decoder": True}, {"carried": ((1,),), "limit": 63}),  # positions counted in the tokens
     ("lfm2", "lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_ff_dim": 64,
                       "block_multiple_of": 8}, {"extras": ("gqa", "qk-norm"), "carried": ((32, 2),)}),
     ("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, {"extras": ("qk-norm",)}),
@@ -228,6 +228,7 @@ PLAIN: tuple[Entry, ...] = (
     _plain("manual_causal", LEARNED, plain.ManualCausal, limit=64),
     _plain("soft_capped", LEARNED, plain.SoftCapped, extras=("softcap(3)",), limit=64),
     _plain("sink_logits", LEARNED, plain.SinkLogits, extras=("sinks",), limit=64),
+    _plain("gated_by_size", LEARNED, plain.GatedBySize, extras=("sinks",), limit=64),
     _plain("alibi_manual", BARE, plain.AlibiManual, extras=("alibi",)),
     _plain("alibi_sdpa", BARE, plain.AlibiSDPA, extras=("alibi",)),
     _plain("chunked", LEARNED, plain.ChunkedLocal, masks=("chunked(6)",), limit=64),

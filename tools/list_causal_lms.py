@@ -269,7 +269,8 @@ def build(kind: str) -> Any:
     options = shrink(kind, default)
     for name, sub in dict(default.__dict__).items():
         if hasattr(sub, "model_type") and name in getattr(type(default), "sub_configs", {}):
-            options[name] = {**shrink(kind, sub), "model_type": sub.model_type}
+            own = {key: value for key, value in shrink(kind, sub).items() if not isinstance(value, dict)}
+            options[name] = {**own, **SPECIAL.get(kind, {}).get(name, {}), "model_type": sub.model_type}
     config = AutoConfig.for_model(kind, **options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()

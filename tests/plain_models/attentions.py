@@ -177,3 +177,18 @@ class Differential(Projected):
         one = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         two = F.scaled_dot_product_attention(q2, k2, v, is_causal=True)
         return self.merge(one - self.mix * two)
+
+
+class GatedBySize(Projected):
+    """Granite: the output gated by how far the scores' logsumexp is above a learned logit by head."""
+
+    def __init__(self):
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) * DIM**-0.5).masked_fill(hidden, float("-inf"))
+        gate = torch.sigmoid(scores.logsumexp(dim=-1) - self.sinks.view(1, -1, 1)).unsqueeze(-1)
+        return self.merge(scores.softmax(-1) @ v * gate)
