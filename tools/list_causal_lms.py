@@ -65,6 +65,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neox": {"head_dim": KEPT},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "cohere_compass_text": {"layer_types": KEPT, "num_hidden_layers": KEPT},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},

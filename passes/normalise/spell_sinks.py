@@ -56,7 +56,8 @@ def read_gated(node: fx.Node) -> Gated | None:
         return None
     for product, gate in (node.args, node.args[::-1]):
         product, weights = _product(product)
-        sigmoid: Any = gate.args[0] if is_op(gate, aten.unsqueeze) and gate.args[1] in (-1, 3) else None  # type: ignore[union-attr]
+        outer: Any = gate
+        sigmoid: Any = outer.args[0] if is_op(outer, aten.unsqueeze) and outer.args[1] in (-1, 3) else None
         inner: Any = sigmoid.args[0] if is_op(sigmoid, aten.sigmoid) else None
         if product is None or not is_op(inner, aten.sub):
             continue
