@@ -92,8 +92,11 @@ def why_not_alone(module: nn.Module, calls: Sequence[Call]) -> str:
     """Why a module cannot be traced by itself, from its calls at several shapes; '' where it can."""
     first = calls[0]
     tensors = [[tensor.clone() for tensor in call.tensors()] for call in calls]
+    ranks = [[tensor.ndim for tensor in group] for group in tensors]
     if any(call.inputs_spec != first.inputs_spec for call in calls) or not tensors[0]:
         return ""
+    if any(rank != ranks[0] for rank in ranks):
+        return ""  # an activation that is given a state in one call and scores in another: no call stands for all
     dims = tuple(
         {d: torch.export.Dim.DYNAMIC for d in range(t.ndim) if len({group[i].shape[d] for group in tensors}) > 1}
         for i, t in enumerate(tensors[0])
