@@ -105,6 +105,12 @@ def test_setup_keeps_an_installed_torch_and_what_it_requires(setup_environment: 
     assert kept.splitlines() == ["# torch first", "rich==15.0.0", "torch==2.11.0+cu128"]
 
 
+def test_setup_fetches_torch_without_a_pin_of_triton(setup_environment: Any) -> None:
+    pins = setup_environment.without((ROOT / "constraints.txt").read_text(), {"triton"})
+    assert "\ntorch==" in pins
+    assert "triton==" not in pins
+
+
 def test_setup_sees_what_is_installed(setup_environment: Any) -> None:
     assert setup_environment.is_satisfied("torch>=2.11,<2.14")
     assert not setup_environment.is_satisfied("torch<1")

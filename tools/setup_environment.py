@@ -38,9 +38,12 @@ def is_satisfied(requirement: str) -> bool:
 
 def constraints_keeping_torch(constraints: str, version: str, requires: list[str]) -> str:
     """Pin torch to the installed version, and leave what it requires to it: each release has limits of its own."""
-    left_to_torch = {"torch", *map(canonical_name, requires)}
-    kept = [line for line in constraints.splitlines() if canonical_name(line) not in left_to_torch]
-    return "\n".join([*kept, f"torch=={version}", ""])
+    return without(constraints, {"torch", *map(canonical_name, requires)}) + f"torch=={version}\n"
+
+
+def without(constraints: str, names: set[str]) -> str:
+    """The constraints on all but `names`; a CUDA build of torch, for one, asks for a triton that may not be ours."""
+    return "".join(f"{line}\n" for line in constraints.splitlines() if canonical_name(line) not in names)
 
 
 def install(extras: str) -> None:
@@ -49,13 +52,12 @@ def install(extras: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "constraints.txt"
         if is_satisfied(torch):
-            installed = importlib.metadata.distribution("torch")
-            print(f"setup: keeping the installed torch {installed.version}", flush=True)
-            constraints = constraints_keeping_torch(constraints, installed.version, installed.requires or [])
-            pins.write_text(constraints)
+            print(f"setup: keeping the installed torch {importlib.metadata.version('torch')}", flush=True)
         else:
-            pins.write_text(constraints)
+            pins.write_text(without(constraints, {"triton"}))
             subprocess.run([*PIP, "install", torch, "-c", pins], check=True)
+        installed = importlib.metadata.distribution("torch")
+        pins.write_text(constraints_keeping_torch(constraints, installed.version, installed.requires or []))
         project = f"{ROOT}[{extras}]" if extras else str(ROOT)
         subprocess.run([*PIP, "install", "-e", project, "-c", pins], check=True)
 
