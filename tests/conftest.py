@@ -19,6 +19,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Between passes, exact ones are compared by their logits too.
 os.environ["LINEARIZE_VERIFY"] = "numerics"
 
+# Triton decides when it is first imported whether kernels are interpreted; only the GPU tests compile them.
+if os.environ.get("LINEARIZE_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The first call of an operator is far slower than the next ones, so a deadline would fail at random; CI repeats itself.
 settings.register_profile("linearize", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("linearize")

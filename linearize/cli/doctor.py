@@ -75,16 +75,17 @@ def machine_rows() -> list[tuple[str, ...]]:
 
 
 def kernel_rows() -> list[tuple[str, ...]]:
-    """Every kernel of every operator on this machine's devices, the reference last."""
+    """Every kernel of every operator, the reference last; those for a GPU too, with why they cannot be used here."""
     import torch
 
     from linearize.kernels import registry
     from linearize.ops import OPERATORS
 
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    no_device = {} if torch.cuda.is_available() else {"cuda": "torch finds no GPU"}
     return [
-        (op, device, name, state)
+        (op, device, name, state if state != "available" else no_device.get(device, state))
         for op in OPERATORS
-        for device in devices
+        for device in registry.DISPATCH_KEYS
         for name, state in registry.explain(op, device)
+        if registry.kernels_for(op, device)
     ]

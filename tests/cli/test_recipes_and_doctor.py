@@ -1,11 +1,15 @@
 """`linearize recipes` and `linearize doctor`: short, but what they say must be so."""
 
 import importlib.metadata
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import linearize
+from linearize.kernels import registry, triton
 from tests.cli.conftest import Run, assert_one_error
 
 
@@ -39,6 +43,20 @@ def test_doctor_lists_packages_kernels_and_the_machine(run: Run) -> None:
     assert result.exit_code == 0, result.output
     for part in (importlib.metadata.version("torch"), "hybrid_chunk", "reference", "demo model", "cores"):
         assert part in result.stdout
+
+
+def test_doctor_says_why_a_triton_kernel_cannot_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        line = next(line for line in run("doctor").stdout.splitlines() if "triton.gla_chunk" in line)
+        assert "torch finds no GPU" in line
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton.missing() == "triton is not installed: pip install 'linearize[gpu]'"
+    gla = replace(triton.GLA, missing=triton.missing())
+    monkeypatch.setitem(registry._KERNELS, ("gla_chunk", "cuda"), (gla,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    text = " ".join(run("doctor").stdout.split())
+    assert "triton is not installed" in text
 
 
 def test_doctor_fails_when_something_needed_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
