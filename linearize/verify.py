@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from linearize.errors import VerificationError
 from linearize.program import LEAF, MASK, POSITIONS, TOKENS, Program, StateTensor, node_scope, op_name
 from linearize.rewriting.continuation import PADDED, probe, probe_lengths, read_continuation
+from linearize.rewriting.walk import shape_of
 
 EXACT_TOLERANCE = 1e-5
 PIECES_TOLERANCE, PIECES_TOLERANCE_IN_HALF = 1e-3, 3e-2  # what is not continued differs by 0.1 and more
@@ -30,7 +31,17 @@ def check_structure(program: Program, name: str) -> None:
     for node in program.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise VerificationError(f"after pass {name}: {node.name} mutates its input ({op_name(node)})")
+    _check_symbols(program, name)
     check_shapes(program, name)
+
+
+def _check_symbols(program: Program, name: str) -> None:
+    """Batch and length are still symbols: an operator that asks for a size as a number makes them those traced."""
+    tokens = next((node for node in program.placeholders() if node.target == TOKENS), None)
+    fixed = (program.fixed_batch, program.fixed_length)
+    for what, dim, known in zip(("batch", "length"), shape_of(tokens) if tokens else (), fixed, strict=False):
+        if known is None and isinstance(dim, torch.SymInt) and dim.node.expr.is_number:
+            raise VerificationError(f"after pass {name}: the {what} is no longer dynamic, but {dim} as traced")
 
 
 def check_shapes(program: Program, name: str, batch: int = 2, length: int = 13) -> None:

@@ -123,7 +123,9 @@ DEEP: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("qwen3", "qwen3", {}, {"extras": ("gqa", "rope-half(8)", "qk-norm")}),
     ("gpt_neo", "gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
                             "window_size": 6}, {"masks": ("causal", "sliding(6)"), "limit": 64}),
-    ("gemma2", "gemma2", {**LOCAL, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0},
+    # transformers 5.17 would take SDPA, which drops the soft cap
+    ("gemma2", "gemma2",
+     {**LOCAL, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "attn_implementation": "eager"},
      {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "softcap(3)")}),
     ("gemma3", "gemma3_text", LOCAL, {"masks": ("sliding(6)", "causal"), "extras": ("gqa", "qk-norm")}),
     ("cohere2", "cohere2", LOCAL, {"masks": ("sliding(6)", "causal")}),

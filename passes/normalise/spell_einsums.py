@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program
@@ -164,7 +165,12 @@ def _arranged(editor: Editor, node: fx.Node, operand: fx.Node, have: str, want: 
 
 
 def call(editor: Editor, origin: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-    """A new node with its own shape: matching reads shapes."""
+    """A new node with its own shape: matching reads shapes.
+
+    Operators that are made of others (matmul) ask for sizes as numbers, which fixes the batch and the length to those
+    traced on torch 2.11; the Python dispatcher takes them apart with symbols.
+    """
     new = editor.call(target, *args, origin=origin)
-    new.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
+    with enable_python_dispatcher():
+        new.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
     return new

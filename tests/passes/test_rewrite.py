@@ -165,6 +165,21 @@ def test_a_pass_that_breaks_shapes_is_named() -> None:
         run_pipeline(zoo.captured("nano_gpt"), [Break()])  # type: ignore[list-item]
 
 
+def test_a_pass_that_fixes_the_length_is_named() -> None:
+    """Asking for a size as a number makes it the one traced, in every shape: the rest would hold for 13 tokens only."""
+
+    class Fix:
+        name, stage, keeps = "fix_length", Stage.NORMALISE, Keeps.EXACT
+
+        def run(self, program: Program) -> Program:
+            int(program.placeholders()[0].meta["val"].shape[1])
+            return program.replace(module=program.copy_graph())
+
+    program = linearize.capture(zoo.source("nano_gpt"))
+    with pytest.raises(VerificationError, match=r"after pass fix_length: the length is no longer dynamic, but \d+ as"):
+        run_pipeline(program, [Fix()])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
