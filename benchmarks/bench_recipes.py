@@ -26,14 +26,13 @@ from linearize.calibration.data import split_rows
 from linearize.calibration.demo import held_out_documents, recall_batches, recall_edges, text_rows
 from linearize.calibration.evaluate import agreement, logits_of, mixers_of, overall, perplexity, recall, site_errors
 from linearize.calibration.samples import sample_teacher
-from linearize.cli._demo_figures import Figure
-from linearize.cli._speed import decode_speeds
 from linearize.errors import RecipeError
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
-from linearize.printing import bytes_text
+from linearize.printing import Figure, bytes_text
 from linearize.progress import Progress
 from linearize.recipe import Recipe
+from linearize.runtime.speed import decode_speeds
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "recipe_figures.json"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -18,6 +19,8 @@ from linearize.program import Program, Record
 from linearize.recipe import Recipe
 from linearize.report import Report
 from linearize.spec import NoMatch, Site
+
+Row = tuple[str, ...]
 
 EMPTY = Text("")
 SCOPE = re.compile(r"^\s*# (?P<scope>\S+)$")
@@ -48,6 +51,38 @@ def notes(lines: Iterable[str]) -> RenderableType:
     """Remarks below a table, one line each; nothing where there are none."""
     found = [Text(f"· {line}", style="dim") for line in lines]
     return Group(*found) if found else Group()
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured table, for the terminal and for a page in docs/.
+
+    Its title, column headers and rows of text; the columns named in `words` hold no numbers.
+    """
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Row]
+    words: Sequence[str] = ()
+
+    def drawn(self) -> Table:
+        numbers = [header for header in self.headers if header not in self.words]
+        made = table(*self.headers, title=self.title, right=numbers)
+        for row in self.rows:
+            made.add_row(*row)
+        return made
+
+    def markdown(self) -> str:
+        rules = ["---" if header in self.words else "---:" for header in self.headers]
+        lines = [_markdown_row(row) for row in (self.headers, rules, *self.rows)]
+        return "\n".join([f"**{self.title[:1].upper()}{self.title[1:]}**", "", *lines])
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Row = tuple[str, ...]
+from linearize.printing import Figure, Row, bytes_text
 
 
 @dataclass
@@ -29,34 +26,6 @@ class Figures:
     speed: list[dict[str, Any]] = field(default_factory=list)
     onnx: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A table: its title, column headers, rows of text; the columns named in `words` hold no numbers."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Row]
-    words: Sequence[str] = ()
-
-    def drawn(self) -> Table:
-        from linearize.printing import table
-
-        numbers = [header for header in self.headers if header not in self.words]
-        made = table(*self.headers, title=self.title, right=numbers)
-        for row in self.rows:
-            made.add_row(*row)
-        return made
-
-    def markdown(self) -> str:
-        rules = ["---" if header in self.words else "---:" for header in self.headers]
-        lines = [_markdown_row(row) for row in (self.headers, rules, *self.rows)]
-        return "\n".join([f"**{self.title[:1].upper()}{self.title[1:]}**", "", *lines])
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def site_figure(figures: Figures) -> Figure:
@@ -79,8 +48,6 @@ def _site_row(site: str, module: str, mixer: str, errors: Sequence[float]) -> Ro
 
 
 def model_figure(figures: Figures) -> Figure:
-    from linearize.printing import bytes_text
-
     first = next(iter(figures.models.values()))
     ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
     rows = [
@@ -96,8 +63,6 @@ def model_figure(figures: Figures) -> Figure:
 
 
 def speed_figure(figures: Figures) -> Figure:
-    from linearize.printing import bytes_text
-
     rows = []
     for row in figures.speed:
         pair = [row["source"], row["compiled"]]

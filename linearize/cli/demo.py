@@ -253,7 +253,7 @@ class Demo:
     # ---- 4: what was gained ------------------------------------------------------------------------------------------
 
     def race(self, compiled: LinearizedModel) -> None:
-        from linearize.cli._speed import decode_speeds
+        from linearize.runtime.speed import decode_speeds
 
         for context in self.sizes.contexts:
             source, fitted = decode_speeds(self.source, compiled, context, self.sizes.steps)
