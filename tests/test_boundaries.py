@@ -23,7 +23,7 @@ FOLDER_OF_PACKAGE = {
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
-VOCABULARY = {"spec", "errors", "files", "progress", "_callable"}
+VOCABULARY = {"spec", "errors", "files", "progress", "_callable", "_autoload"}
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
@@ -39,6 +39,7 @@ ALLOWED = {
     "files": VOCABULARY,
     "progress": VOCABULARY,
     "_callable": VOCABULARY,
+    "_autoload": VOCABULARY,
     "ops": OPERATORS,
     "rewriting": GRAPHS,
     "program": GRAPHS,
@@ -57,6 +58,7 @@ ALLOWED = {
     "export": OPERATORS | {"program", "runtime", "passes.lower", "export"},
     "calibration": SERVICES,
     "runtime": SERVICES,
+    "huggingface": SERVICES | {"api", "huggingface"},
     "api": SERVICES | {"api", "passes.calibrate"},
     "cli": SERVICES | {"api", "cli", "root", "passes.calibrate"},
     "root": VOCABULARY,
@@ -64,13 +66,15 @@ ALLOWED = {
 
 # Own modules that an area may import lazily on top of that: within a function, or for the type checker only.
 LAZY = {
+    "_autoload": {"huggingface"},
+    "runtime": {"huggingface"},
     "root": SERVICES | {"api", "cli"},
 }
 
 # third-party package: the modules that may import it, wherever in the file the import stands.
 CONFINED = {
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
-    "transformers": ["linearize.capture.hf", "linearize.runtime.hf*"],
+    "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
     "onnx": ["linearize.export", "linearize.export.*"],
     "onnx_ir": ["linearize.export", "linearize.export.*"],
     "onnxruntime": ["linearize.export", "linearize.export.*"],
@@ -281,7 +285,7 @@ def test_a_forbidden_import_is_reported_with_its_reason(module: str, source: str
         ("linearize.passes.lower.claim", "from linearize.kernels.registry import claim"),
         ("linearize.kernels.triton.gla", "import triton"),
         ("linearize.capture.hf", "def f():\n    import transformers"),
-        ("linearize.runtime.hf_generate", "from transformers import GenerationConfig"),
+        ("linearize.huggingface.model", "from transformers import GenerationConfig"),
         ("linearize.export.onnx", "import onnx\nimport torch.onnx"),
         ("linearize.export.torchscript", "import torch.export"),
         ("linearize", "def __getattr__(name):\n    from linearize.api import compile"),

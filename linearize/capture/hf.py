@@ -69,9 +69,28 @@ def load_tokenizer(directory: str | Path) -> Any | None:
 
 
 def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
-    """Contents of the tokenizer and generation files that lie beside a transformers model's weights on disk."""
+    """Contents of the tokenizer and generation files that came with a transformers model: from its directory, or from
+    the hub's cache; the generation config as the model has it now."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    folder = Path(name)
-    if not name or not folder.is_dir():
-        return {}
-    return {file: (folder / file).read_bytes() for file in TOKENIZER_FILES if (folder / file).is_file()}
+    found = {file: path for file in TOKENIZER_FILES if name and (path := _source_file(model, name, file)) is not None}
+    files = {file: path.read_bytes() for file, path in found.items()}
+    generation = getattr(model, "generation_config", None) if is_pretrained(model) else None
+    if generation is not None:
+        files["generation_config.json"] = (generation.to_json_string() + "\n").encode()
+    return files
+
+
+def _source_file(model: nn.Module, name: str, file: str) -> Path | None:
+    """A file of the model's directory, or of its snapshot in the hub's cache; nothing is downloaded."""
+    if Path(name).is_dir():
+        return path if (path := Path(name) / file).is_file() else None
+    if not is_pretrained(model):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, file, revision=getattr(model.config, "_commit_hash", None))  # type: ignore[union-attr,arg-type]
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None

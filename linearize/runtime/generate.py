@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linearize.runtime.state import State
 
 PREFILL_PIECE = 2048
+LOGITS_OF_A_PIECE = 2**25  # 128 MiB of float32: with a large vocabulary they are what a piece costs
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,30 @@ def stream(model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampl
             logits = step_logits[:, -1]
 
 
+def prompt_pieces(length: int, batch: int, vocab_size: int | None, piece: int | None = None) -> list[slice]:
+    """A prompt cut so that a piece's memory is bounded whatever the prompt: by tokens, and by the logits of a piece."""
+    if piece is None:
+        rows = LOGITS_OF_A_PIECE // (batch * (vocab_size or 1))
+        piece = max(min(PREFILL_PIECE, rows), 1)
+    return [slice(start, min(start + piece, length)) for start in range(0, length, piece)]
+
+
 def prefill(
-    model: LinearizedModel, input_ids: Tensor, attention_mask: Tensor | None = None, piece: int = PREFILL_PIECE
+    model: LinearizedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    piece: int | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, State]:
-    """Feed a prompt int64 [B, T] in pieces; (logits [B, V] after its last token, state)."""
-    state: State | None = None
+    """Feed a prompt int64 [B, T] in pieces, behind what `state` has seen; (logits [B, V] after its last token, state).
+
+    `attention_mask` is [B, T], or [B, seen + T].
+    """
+    batch, length = input_ids.shape
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -length:]
     logits: Tensor | None = None
-    for start in range(0, input_ids.shape[1], piece):
-        part = slice(start, start + piece)
+    for part in prompt_pieces(length, batch, model.vocab_size, piece):
         mask = attention_mask[:, part] if attention_mask is not None else None
         logits, state = model.step(input_ids[:, part], state, attention_mask=mask)
     if logits is None or state is None:

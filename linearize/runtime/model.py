@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.errors import DataError, StateError
+from linearize.errors import ArtifactError
 from linearize.plan import Plan
-from linearize.program import POSITIONS, Program, StateTensor
+from linearize.program import Program, StateTensor
 from linearize.report import Report
+from linearize.runtime.engine import Engine
 from linearize.runtime.generate import Sampling, generate
 from linearize.runtime.state import State
-from linearize.runtime.tokens import check_tokens
+
+if TYPE_CHECKING:
+    from linearize.huggingface.model import LinearizedForCausalLM
 
 
 @dataclass
@@ -41,9 +44,11 @@ class LinearizedModel(nn.Module):
         self.graph_module = program.module
         self.program, self.source, self.plan, self.report = program, source, plan, report
         self.files = files
-        states = {str(node.target): node.meta["state"] for node in program.placeholders() if "state" in node.meta}
-        self.state_specs: tuple[StateTensor, ...] = tuple(states.values())
-        self._takes_positions = POSITIONS in program.input_names()
+        self.engine = Engine(program)
+
+    @property
+    def state_specs(self) -> tuple[StateTensor, ...]:
+        return self.engine.state_specs
 
     @property
     def vocab_size(self) -> int | None:
@@ -72,12 +77,7 @@ class LinearizedModel(nn.Module):
             DataError: token ids that are not int [B, T] or not in the vocabulary, or a mask of another shape.
             StateError: more tokens than the source has learned positions.
         """
-        ids = self._checked(input_ids)
-        self._check_limit(ids.shape[1])
-        state = State.empty(self.state_specs, ids.shape[0], self.device)
-        mask = self._mask(ids, attention_mask, 0)
-        positions = self._default_positions(mask) if position_ids is None else position_ids
-        logits, state = self._run(ids, mask, positions, state)
+        logits, state = self.engine.whole(self.graph_module, self.device, input_ids, attention_mask, position_ids)
         return LinearizedOutput(logits, state)
 
     def step(
@@ -99,53 +99,7 @@ class LinearizedModel(nn.Module):
                 an attention was left as it was, so that the graph has no memory of it.
             DataError: as `forward`.
         """
-        ids = self._checked(input_ids)
-        if self.program.stateless_reason:
-            raise StateError(
-                f"this model cannot run step by step: {self.program.stateless_reason}; call it on whole sequences"
-            )
-        if state is None:
-            state = State.empty(self.state_specs, ids.shape[0], self.device)
-        self._check_state(ids, state)
-        mask = self._mask(ids, attention_mask, state.tokens)
-        positions = (state["seen"].unsqueeze(1) + mask.cumsum(1) - 1).clamp_min(0)
-        return self._run(ids, mask, positions, state)
-
-    def _default_positions(self, mask: Tensor) -> Tensor:
-        if self.program.padding_moves_positions:
-            return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        return (mask.cumsum(1) - 1).clamp_min(0)
-
-    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
-        inputs = [ids, mask, positions] if self._takes_positions else [ids, mask]
-        logits, *tensors = self.graph_module(*inputs, *state.values())
-        return logits, State(self.state_specs, tensors, state.tokens + ids.shape[1])
-
-    def _checked(self, input_ids: Tensor) -> Tensor:
-        check_tokens(input_ids, self.vocab_size)
-        return input_ids.to(self.device, torch.int64)
-
-    def _mask(self, ids: Tensor, mask: Tensor | None, seen: int) -> Tensor:
-        if mask is None:
-            return torch.ones_like(ids)
-        mask = mask.to(ids.device, torch.int64)
-        if mask.shape == (ids.shape[0], seen + ids.shape[1]):
-            mask = mask[:, seen:]
-        if mask.shape != ids.shape:
-            raise DataError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
-        return mask
-
-    def _check_state(self, ids: Tensor, state: State) -> None:
-        if state.specs != self.state_specs:
-            raise StateError("the state belongs to another model; start from None")
-        if state.batch != ids.shape[0]:
-            raise StateError(f"the state has batch {state.batch}, the tokens {ids.shape[0]}; use State.select to match")
-        self._check_limit(state.tokens + ids.shape[1])
-
-    def _check_limit(self, tokens: int) -> None:
-        limit = self.program.max_positions
-        if limit is not None and tokens > limit:
-            raise StateError(f"{tokens} tokens pass the source's {limit} learned positions; start a new sequence")
+        return self.engine.step(self.graph_module, self.device, input_ids, state, attention_mask)
 
     def state_bytes(self, batch: int = 1, context: int = 0) -> int:
         """Bytes of the state for `batch` rows. `context` matters only where softmax layers were kept, whose cache
@@ -169,3 +123,19 @@ class LinearizedModel(nn.Module):
         from linearize.runtime.saving import save
 
         return save(self, directory)
+
+    def to_transformers(self) -> LinearizedForCausalLM:
+        """This model as a `transformers.PreTrainedModel`, over the same parameters: its `generate` (beams, streaming,
+        processors), pipelines, Trainer and PEFT.
+
+        Raises:
+            ArtifactError: the source was not a transformers model.
+        """
+        if self.config is None:
+            raise ArtifactError(
+                f"{self.program.model_name} is not from transformers, so it has no config to go by; call "
+                "generate and step on it as it is"
+            )
+        from linearize.huggingface.model import LinearizedForCausalLM
+
+        return LinearizedForCausalLM.of(self)

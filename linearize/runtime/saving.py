@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
 from linearize.errors import ArtifactError
-from linearize.files import new_directory
+from linearize.files import new_directory, write_atomically
 from linearize.mixers import Mixer, build_mixer, mixer_names
 from linearize.plan import Plan, PlanEntry, first_problem
 from linearize.program import MIXERS, Program
 from linearize.report import Report
+from linearize.runtime.card import CARD, model_card
+from linearize.runtime.config_json import CONFIG, config_json
 from linearize.runtime.graph_json import graph_from_json, graph_to_json
 from linearize.spec import AttentionSpec, NoMatch, Site, SiteNodes
 
@@ -58,6 +61,32 @@ class Manifest(BaseModel):
 
 def save(model: LinearizedModel, directory: str | Path) -> Path:
     """See `LinearizedModel.save_pretrained`."""
+    contents, tensors = _contents(model)
+    with new_directory(directory) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    return Path(directory)
+
+
+def save_over(model: LinearizedModel, directory: str | Path, state_dict: dict[str, Tensor]) -> Path:
+    """`save` with the values of `state_dict` where it has them, into a directory that may hold other files: each file
+    is replaced whole, the manifest last, so that what a reader finds fits together or is refused."""
+    contents, tensors = _contents(model, state_dict)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS, serialize(tensors, metadata={"format": "pt"}))
+    for name, content in sorted(contents.items(), key=lambda item: item[0] == MANIFEST):
+        write_atomically(folder / name, content)
+    return folder
+
+
+def _contents(
+    model: LinearizedModel, state_dict: dict[str, Tensor] | None = None
+) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+    """Every file but the weights, and the weights."""
     program = model.source
     if program.leaves:
         raise ArtifactError(
@@ -65,7 +94,7 @@ def save(model: LinearizedModel, directory: str | Path) -> Path:
             "source's Python code, which no saved model may hold; keep the compiled model in memory, or rewrite these "
             "modules without control flow that depends on values or lengths"
         )
-    tensors, shared = _unique_tensors(program.module)
+    tensors, shared = _unique_tensors(program.module, state_dict or {})
     manifest = Manifest(
         format=FORMAT,
         model_name=program.model_name,
@@ -83,18 +112,15 @@ def save(model: LinearizedModel, directory: str | Path) -> Path:
         buffers=sorted(name for name, _ in program.module.named_buffers(remove_duplicate=False)),
         files=sorted(model.files),
     )
-    graph = graph_to_json(program.graph)
-    with new_directory(directory) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)
-        (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")))
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-        for name, content in model.files.items():
-            (folder / name).write_bytes(content)
-    return Path(directory)
+    contents = {CARD: model_card(model).encode(), **model.files}
+    if manifest.source_config is not None:
+        contents[CONFIG] = json.dumps(config_json(manifest.source_config), indent=1).encode()
+    contents[GRAPH] = json.dumps(graph_to_json(program.graph), separators=(",", ":")).encode()
+    contents[MANIFEST] = manifest.model_dump_json(indent=1).encode()
+    return contents, tensors
 
 
-def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, each storage once; other names of the same tensor -> the name it is stored under)."""
     first: dict[tuple[int, ...], str] = {}
     tensors: dict[str, Tensor] = {}
@@ -107,7 +133,7 @@ def _unique_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
             shared[name] = first[key]
             continue
         first[key] = name
-        tensors[name] = tensor.detach().contiguous().clone()
+        tensors[name] = given.get(name, tensor).detach().cpu().contiguous().clone()
     return tensors, shared
 
 

@@ -57,9 +57,17 @@ class State(Mapping[str, Tensor]):
         """
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.batch):
             raise StateError(f"rows {rows.tolist()} are not all within the state's batch of {self.batch}")
+        return self.take(rows)
+
+    def take(self, rows: Tensor) -> State:
+        """`select` for rows that are known to be in the batch: it does not wait for the device."""
         return self._map(
             lambda tensor, spec: tensor.index_select(0, rows.to(tensor.device)) if spec.batched else tensor
         )
+
+    def repeat(self, times: int) -> State:
+        """Every row `times` times, copies side by side: one prompt's state for several continuations."""
+        return self._map(lambda tensor, spec: tensor.repeat_interleave(times, dim=0) if spec.batched else tensor)
 
     def _map(self, function: Callable[[Tensor, StateTensor], Tensor]) -> State:
         tensors = [function(tensor, spec) for spec, tensor in zip(self.specs, self.values(), strict=True)]
