@@ -27,7 +27,7 @@ class Kernel:
 
     `check` takes the call's arguments and returns None when the kernel claims it, otherwise why it declines; `run`
     takes the same arguments, runs below autograd and returns the outputs. Higher priorities are asked first. `missing`
-    says why the kernel cannot be used on this machine at all ("" = it can).
+    says why the kernel cannot be used on this machine at all ("" = it can); a function where finding out takes work.
     """
 
     name: str
@@ -36,7 +36,11 @@ class Kernel:
     priority: int
     check: Check
     run: Call
-    missing: str = ""
+    missing: str | Callable[[], str] = ""
+
+    def lacks(self) -> str:
+        """What keeps the kernel from any call on this machine, "" where nothing does."""
+        return self.missing if isinstance(self.missing, str) else self.missing()
 
 
 _KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {}
@@ -66,7 +70,7 @@ def choose(
     """(the kernel that claims this call, or None for the reference; name and reason of those that declined)."""
     declined: list[tuple[str, str]] = []
     for kernel in kernels_for(op, device):
-        reason = kernel.missing or kernel.check(*args, **kwargs)
+        reason = kernel.lacks() or kernel.check(*args, **kwargs)
         if reason is None or reason == "":
             return kernel, declined
         declined.append((kernel.name, reason))
@@ -75,7 +79,7 @@ def choose(
 
 def explain(op: str, device: str) -> list[tuple[str, str]]:
     """(name, "available" or why not) of each kernel of an operator, the reference last; for `linearize doctor`."""
-    rows = [(kernel.name, kernel.missing or "available") for kernel in kernels_for(op, device)]
+    rows = [(kernel.name, kernel.lacks() or "available") for kernel in kernels_for(op, device)]
     return [*rows, (REFERENCE, "available")]
 
 
@@ -89,11 +93,11 @@ def install() -> None:
 
 def _dispatcher(op: str, device: str) -> Call:
     """The function behind an operator's dispatch key; short, since decoding calls it per layer and token."""
-    key, reference = (op, device), OPERATORS[op].reference
+    key, reference = (op, device), OPERATORS[op].composed
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         for kernel in _KERNELS[key]:
-            if not kernel.missing and kernel.check(*args, **kwargs) is None:
+            if not kernel.lacks() and kernel.check(*args, **kwargs) is None:
                 return kernel.run(*args, **kwargs)
         return reference(*args, **kwargs)
 

@@ -5,19 +5,29 @@ from linearize.kernels.cpu.delta import DELTA_STEP, DELTA_STREAM
 from linearize.kernels.cpu.gla import GLA_STEP, GLA_STREAM
 from linearize.kernels.cpu.gla_vec import GLA_VEC_STEP, GLA_VEC_STREAM
 from linearize.kernels.cpu.hybrid import HYBRID_STEP, HYBRID_STREAM
+from linearize.kernels.cpu.mla import MLA_DECODE
 from linearize.kernels.cpu.slots import SLOTS_STEP, SLOTS_STREAM
+from linearize.kernels.cpu.slots_block import SLOTS_BLOCK, SLOTS_MERGE
+from linearize.kernels.cpu.steps import DELTA_STEP_C, GLA_STEP_C, GLA_VEC_STEP_C, HYBRID_STEP_C
 
 __all__ = [
     "BLOCKS",
     "DELTA_STEP",
+    "DELTA_STEP_C",
     "DELTA_STREAM",
     "GLA_STEP",
+    "GLA_STEP_C",
     "GLA_STREAM",
     "GLA_VEC_STEP",
+    "GLA_VEC_STEP_C",
     "GLA_VEC_STREAM",
     "HYBRID_STEP",
+    "HYBRID_STEP_C",
     "HYBRID_STREAM",
+    "MLA_DECODE",
     "SDPA",
+    "SLOTS_BLOCK",
+    "SLOTS_MERGE",
     "SLOTS_STEP",
     "SLOTS_STREAM",
 ]

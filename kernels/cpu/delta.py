@@ -56,9 +56,7 @@ def stream(
     return o, s
 
 
-def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, s: Tensor, after: Tensor
-) -> Tensor:
+def _chunk(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, s: Tensor, after: Tensor) -> Tensor:
     """q [N,R*C,K], k [N,C,K], v [N,1,C,V], beta and g [N,n,C]; s [N*n,K,V] updated in place; o [N*n,r*C,V].
 
     `after` [C,C] is True below the diagonal.

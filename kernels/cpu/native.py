@@ -1,7 +1,7 @@
 """C sources of this folder, compiled on first use by the machine's own C compiler and kept in the user's cache.
 
 Nothing here is needed: what a C function computes, torch operators compute too, more slowly; `LINEARIZE_NATIVE=0` does
-without it. The library's name has the hash of its source, so an old one is never loaded for a new source.
+without it. The library's name has the hash of its source and of the headers: an old one is never loaded for a new one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 FLAGS = (
     "-O3",
     "-march=native",
     "-ffp-contract=fast",
     "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
     "-fno-strict-aliasing",
     "-shared",
     "-fPIC",
@@ -29,21 +36,35 @@ FLAGS = (
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `<name>.c`, or None where there is no compiler, it fails, or the environment says no."""
+def load(name: str) -> ctypes.CDLL | str:
+    """The compiled `<name>.c`, or why there is none."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if os.environ.get("LINEARIZE_NATIVE") == "0" or compiler is None:
-        return None
+    if os.environ.get("LINEARIZE_NATIVE") == "0":
+        return "LINEARIZE_NATIVE is 0"
+    if compiler is None:
+        return "no C compiler: cc, gcc or clang, or CC in the environment"
     source = Path(__file__).with_name(f"{name}.c")
     try:
         return ctypes.CDLL(str(_built(compiler, source)))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{compiler} could not make {source.name}: {error}"
+
+
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled `<name>.c`, or None where there is no compiler, it fails, or the environment says no."""
+    found = load(name)
+    return None if isinstance(found, str) else found
+
+
+def missing(name: str) -> str:
+    """Why there is no `<name>.c` here, "" where there is."""
+    found = load(name)
+    return found if isinstance(found, str) else ""
 
 
 def _built(compiler: str, source: Path) -> Path:
     """The library of a source; written under a temporary name and renamed, so that no process sees half of one."""
-    text = source.read_bytes()
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256(text + " ".join((compiler, platform.node(), *FLAGS)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize"
     made = folder / f"{source.stem}-{key}.so"
@@ -56,3 +77,18 @@ def _built(compiler: str, source: Path) -> Path:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
         target.replace(made)
     return made
+
+
+def run(function: Any, tensors: Sequence[Tensor | None], sizes: Sequence[int], reals: Sequence[float] = ()) -> None:
+    """Call a function of a library as `vector.h` says: pointers (NULL for None), int64 sizes, doubles."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function(
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_double * len(reals))(*reals),
+    )
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as C reads it: float32 and contiguous."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()

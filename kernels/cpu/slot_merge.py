@@ -2,7 +2,7 @@
 
 Letters as there; N = B G heads in all, D = d + dv columns of an item x = [k ; v]. Slots and leaving tokens all exist
 here, so every round removes the same number of items from each head and nothing has to be masked but the sinks.
-Float32 keys without a metric go to `slot_merge.c`, where a compiler could make it: 4 rounds in a tenth of the time.
+Float32 keys without a metric go to `slots.c`, where a compiler could make it: 4 rounds in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ from linearize.ops.slot_merge import RESOLUTION, coarse, features
 
 
 def merge_full(
-    x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int, k_map: Tensor | None, v_weight: Tensor | None
+    x: Tensor,
+    n: Tensor,
+    key_dim: int,
+    sizes: list[int],
+    sinks: int,
+    metric: Tensor | None = None,
+    lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B,G,L,D], n [B,G,L], all counts positive -> means [B,G,C,D] and counts [B,G,C] of the last of `sizes`."""
-    if k_map is None and v_weight is None and x.dtype == torch.float32:
-        native = library("slot_merge")
+    if metric is None and lam is None and x.dtype == torch.float32:
+        native = library("slots")
         if native is not None:
             return _in_c(native, x.contiguous(), n.contiguous(), key_dim, sizes, sinks)
-    return merge_by_index(x, n, key_dim, sizes, sinks, k_map, v_weight)
+    return merge_by_index(x, n, key_dim, sizes, sinks, metric, lam)
 
 
 def _in_c(
     native: ctypes.CDLL, x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int
 ) -> tuple[Tensor, Tensor]:
-    """`merge_full` by `slot_merge.c`; writes to x and n."""
+    """`merge_full` by `slots.c`; writes to x and n."""
     (batch, heads, items, width), long = x.shape, ctypes.c_int64
     scratch, numbers = torch.empty((key_dim + 3) * items), torch.empty(2 * items, dtype=torch.int64)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, n, scratch, numbers)]
@@ -42,7 +48,13 @@ def _in_c(
 
 
 def merge_by_index(
-    x: Tensor, n: Tensor, key_dim: int, sizes: list[int], sinks: int, k_map: Tensor | None, v_weight: Tensor | None
+    x: Tensor,
+    n: Tensor,
+    key_dim: int,
+    sizes: list[int],
+    sinks: int,
+    metric: Tensor | None = None,
+    lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`merge_full` by torch operators."""
     shape = x.shape[:2]
@@ -51,9 +63,9 @@ def merge_by_index(
     for size in sizes:
         means = sums / n.unsqueeze(-1)
         y = means[..., :key_dim]
-        if k_map is not None or v_weight is not None:
+        if metric is not None or lam is not None:
             k, v = means.unflatten(0, shape).split([key_dim, means.shape[2] - key_dim], dim=-1)
-            y = features(k, v, k_map, v_weight).flatten(0, 1)
+            y = features(k, v, metric, lam).flatten(0, 1)
         sums, n = _round(sums, n, y, size, sinks)
     return (sums / n.unsqueeze(-1)).unflatten(0, shape), n.unflatten(0, shape)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from linearize.kernels.cpu.slot_merge import merge_full
 from linearize.kernels.registry import Kernel, always, register
 from linearize.ops._library import accumulation_dtype
-from linearize.ops.slot_merge import features, merge, round_sizes
-from linearize.ops.slots import Outputs, Policy, Tokens, aged, check_slots, take
+from linearize.ops.slot_merge import aged, merge, round_sizes
+from linearize.ops.slots import Outputs, Policy, Tokens, check_slots, take
 
 BLOCKS = 8
 PAIRS = 1 << 20  # scores at once
@@ -56,11 +56,11 @@ class _Slots:
             place = torch.tensor(held, device=n.device)[:, None] + torch.arange(window, device=n.device)
             place = place[:, None].expand(-1, n.shape[1], -1)
             return x.scatter(2, place[..., None].expand_as(left), left), n.scatter(2, place, ones)
-        x, n = torch.cat([x, left], dim=2), torch.cat([aged(n, policy), ones], dim=2)
+        x, n = torch.cat([x, left], dim=2), torch.cat([aged(n, policy.sinks, policy.decay), ones], dim=2)
         if kind == "full":
-            return merge_full(x, n, self.key_dim, policy.sizes, policy.sinks, policy.k_map, policy.v_weight)
+            return merge_full(x, n, self.key_dim, policy.sizes, policy.sinks)
         k, v = x[..., : self.key_dim], x[..., self.key_dim :]
-        k, v, n = merge(k, v, n, features(k, v, policy.k_map, policy.v_weight), policy.sizes, policy.sinks)
+        k, v, n = merge(k, v, n, k, policy.sizes, policy.sinks)
         return torch.cat([k, v], dim=-1), n
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +78,6 @@ def stream(
     slot_k: Tensor,
     slot_v: Tensor,
     slot_n: Tensor,
-    k_map: Tensor | None = None,
-    v_weight: Tensor | None = None,
     *,
     window: int,
     scale: float,
@@ -90,7 +88,7 @@ def stream(
     """See `linearize.ops.slots`; no tensor of size T x T exists."""
     check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
     sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
-    slots = _start(before, slot_k, slot_v, slot_n, window, q.dtype, Policy(sizes, sinks, decay, k_map, v_weight))
+    slots = _start(before, slot_k, slot_v, slot_n, window, q.dtype, Policy(sizes, sinks, decay))
     even = bool(mask.all()) and len(set(before.tolist())) == 1
     if even:
         new = Tokens(window, q, k, v, mask.sum(1), before, before % window, torch.empty(0))
@@ -196,8 +194,6 @@ def step(
     slot_k: Tensor,
     slot_v: Tensor,
     slot_n: Tensor,
-    k_map: Tensor | None = None,
-    v_weight: Tensor | None = None,
     *,
     window: int,
     scale: float,
@@ -209,7 +205,7 @@ def step(
     check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
     counts, real = before.tolist(), mask[:, 0].tolist()
     sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
-    slots = _start(before, slot_k, slot_v, slot_n, window, q.dtype, Policy(sizes, sinks, decay, k_map, v_weight))
+    slots = _start(before, slot_k, slot_v, slot_n, window, q.dtype, Policy(sizes, sinks, decay))
     column = (before % (2 * window))[:, None, None, None].expand_as(k)
     held = (
         torch.where(mask[:, :, None, None], x, ring.gather(1, column[..., : x.shape[3]]))

@@ -6,7 +6,12 @@ from linearize.ops.delta import delta_chunk
 from linearize.ops.gla import gla_chunk
 from linearize.ops.gla_vec import gla_vec_chunk
 from linearize.ops.hybrid import hybrid_chunk
+from linearize.ops.hybrid_step import hybrid_step
+from linearize.ops.mla_decode import mla_decode
 from linearize.ops.slots import slots_chunk
+from linearize.ops.slots_block import slots_block
+from linearize.ops.slots_merge import slots_merge
+from linearize.ops.steps import delta_step, gla_step, gla_vec_step
 
 __all__ = [
     "OPERATORS",
@@ -15,8 +20,15 @@ __all__ = [
     "attention",
     "decompositions",
     "delta_chunk",
+    "delta_step",
     "gla_chunk",
+    "gla_step",
     "gla_vec_chunk",
+    "gla_vec_step",
     "hybrid_chunk",
+    "hybrid_step",
+    "mla_decode",
+    "slots_block",
     "slots_chunk",
+    "slots_merge",
 ]

@@ -40,21 +40,30 @@ class Operator:
     reference: Form
     recurrence: Form
     streamed: Form
+    composed: Form
 
 
 OPERATORS: dict[str, Operator] = {}
 
 
-def define_operator(schema: str, *, fake: Form, reference: Form, recurrence: Form, streamed: Form) -> Operator:
-    """Define `linearize::<schema>`: shapes by `fake`, values by `reference`, gradients by recomputing `streamed`."""
+def define_operator(
+    schema: str, *, fake: Form, reference: Form, recurrence: Form, streamed: Form, composed: Form | None = None
+) -> Operator:
+    """Define `linearize::<schema>`: shapes by `fake`, values by `reference`, gradients by recomputing `streamed`.
+
+    An operator that is made of others of ours gives `composed`, the form that calls them: it runs where no kernel
+    claims, so that their kernels serve it. Operators that write to an argument have no gradient: torch allows none.
+    """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, composed or reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    setup_context, backward = _recompute(streamed)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    operator = Operator(name, getattr(torch.ops.linearize, name).default, reference, recurrence, streamed)
+    if "!" not in schema:
+        setup_context, backward = _recompute(streamed)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    overload = getattr(torch.ops.linearize, name).default
+    operator = Operator(name, overload, reference, recurrence, streamed, composed or reference)
     OPERATORS[name] = operator
     return operator
 

@@ -151,9 +151,17 @@ def unit_triangular_inverse(lower: Tensor) -> Tensor:
     return inverse if known else inverse.masked_fill((t >= 2**EXPORTED_LEVELS)[:, None], float("nan"))
 
 
-def check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s0: Tensor | None) -> None:
+def check_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    s0: Tensor | None,
+    name: str = "delta_chunk",
+) -> None:
     """Raise `OperatorError` unless heads, lengths and the state fit together."""
-    heads, kv_heads, states, name = q.shape[2], k.shape[2], beta.shape[2], "delta_chunk"
+    heads, kv_heads, states = q.shape[2], k.shape[2], beta.shape[2]
     require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
     require(states in (kv_heads, heads), name, f"beta for {states} heads: give {kv_heads} or {heads}")
     require(g is None or g.shape[2] == states, name, f"g must hold {states} heads, as beta does")

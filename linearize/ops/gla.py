@@ -131,15 +131,15 @@ def state_head_count(k: Tensor, g: Tensor | None) -> int:
     return k.shape[2] if g is None else g.shape[2]
 
 
-def check_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None) -> None:
+def check_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, name: str = "gla_chunk") -> None:
     """Raise `OperatorError` unless heads, lengths and the state fit together."""
     heads, kv_heads = q.shape[2], k.shape[2]
     states = state_head_count(k, g)
-    require(heads % kv_heads == 0, "gla_chunk", f"{heads} query heads are no multiple of {kv_heads} kv heads")
-    require(states in (kv_heads, heads), "gla_chunk", f"{states} gates a token: give {kv_heads} or {heads}")
-    require(k.shape[1] == q.shape[1] == v.shape[1], "gla_chunk", "q, k and v differ in length")
-    require(g is None or g.shape[1] == q.shape[1], "gla_chunk", "g and q differ in length")
-    require(s0 is None or s0.shape[1] == states, "gla_chunk", f"s0 must hold {states} heads")
+    require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
+    require(states in (kv_heads, heads), name, f"{states} gates a token: give {kv_heads} or {heads}")
+    require(k.shape[1] == q.shape[1] == v.shape[1], name, "q, k and v differ in length")
+    require(g is None or g.shape[1] == q.shape[1], name, "g and q differ in length")
+    require(s0 is None or s0.shape[1] == states, name, f"s0 must hold {states} heads")
 
 
 def _fake(

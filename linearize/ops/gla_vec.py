@@ -110,10 +110,9 @@ def channel_step_sums(g: Tensor) -> Tensor:
     return torch.where(after, g[..., None], 0.0).cumsum(dim=-3).masked_fill(before, float("-inf"))
 
 
-def check_gla_vec(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None) -> None:
+def check_gla_vec(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None, name: str = "gla_vec_chunk") -> None:
     """Raise `OperatorError` unless heads, lengths, channels and the state fit together."""
     heads, kv_heads, states = q.shape[2], k.shape[2], g.shape[2]
-    name = "gla_vec_chunk"
     require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
     require(states in (kv_heads, heads), name, f"gates for {states} heads: give {kv_heads} or {heads}")
     require(g.shape[3] == k.shape[3] == q.shape[3], name, "q, k and g differ in channels")

@@ -1,6 +1,6 @@
 """Bring a set of weighted key-value items back to C of them: bipartite Ward merging, deterministic.
 
-    cost(a, b) = n_a n_b / (n_a + n_b) |y_a - y_b|^2        y = [k M ; u v], M [G,d,e] and u [G]; y = k without them
+    cost(a, b) = n_a n_b / (n_a + n_b) |y_a - y_b|^2        y = [k M ; sqrt(lam) v], M [G,d,e], lam [G]; y = k without
 
 the growth of the summed squared distance to the mean (Ward 1963). With M M^T = E[q q^T] it is the expected squared
 change of a logit. A round splits the items by the parity of their index (Bolya et al. 2023, ToMe, without their fixed
@@ -32,10 +32,18 @@ def round_sizes(items: int, slots: int, sinks: int, rounds: int) -> list[int]:
     return sizes
 
 
-def features(k: Tensor, v: Tensor, k_map: Tensor | None, v_weight: Tensor | None) -> Tensor:
+def features(k: Tensor, v: Tensor, metric: Tensor | None = None, lam: Tensor | None = None) -> Tensor:
     """y [B,G,L,E] of k [B,G,L,d], v [B,G,L,dv]: what distances are taken of."""
-    y = k if k_map is None else k @ k_map.to(k.dtype)
-    return y if v_weight is None else torch.cat([y, v * v_weight.to(v.dtype)[:, None, None]], dim=-1)
+    y = k if metric is None else k @ metric.to(k.dtype)
+    return y if lam is None else torch.cat([y, v * lam.to(v.dtype).sqrt()[:, None, None]], dim=-1)
+
+
+def aged(n: Tensor, sinks: int, decay: float) -> Tensor:
+    """Counts [B,G,C] as a block joins them: once all slots are taken, `decay` of them, the sinks' excepted."""
+    if decay == 1.0:
+        return n
+    sink = torch.arange(n.shape[2], device=n.device) < sinks
+    return torch.where(sink | (n[:, :, -1:] == 0), n, n * decay)
 
 
 def merge(k: Tensor, v: Tensor, n: Tensor, y: Tensor, sizes: list[int], sinks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ is complete, the tokens of block b - 1 join the slots as items of count 1 and me
 q [B,T,H,d], k [B,T,G,d], v [B,T,G,dv] are T new tokens, mask [B,T] says which are real (columns without one may stand
 anywhere; their outputs are finite), before int64 [B] counts a row's real tokens before the call. State: ring_k
 [B,2w,G,d], ring_v [B,2w,G,dv] hold the token of rank p at p % 2w; slot_k [B,G,C,d], slot_v [B,G,C,dv], slot_n [B,G,C]
-in float32, or float64 for float64 inputs. k_map [G,d,e] and v_weight [G] shape the merging cost. Once all slots are
+in float32, or float64 for float64 inputs. Once all slots are
 taken, each block that joins leaves `decay` of the counts before it, the first `sinks` slots excepted. o has q's dtype.
 """
 
@@ -26,11 +26,11 @@ from torch import SymInt, Tensor
 from torch._higher_order_ops.scan import scan_op
 
 from linearize.ops._library import accumulation_dtype, define_operator, require
-from linearize.ops.slot_merge import features, merge, merge_one_by_one, round_sizes
+from linearize.ops.slot_merge import aged, merge, merge_one_by_one, round_sizes
 
 SCHEMA = (
     "slots_chunk(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor before, Tensor ring_k, Tensor ring_v, "
-    "Tensor slot_k, Tensor slot_v, Tensor slot_n, Tensor? k_map=None, Tensor? v_weight=None, *, "
+    "Tensor slot_k, Tensor slot_v, Tensor slot_n, *, "
     "int window, float scale, int sinks=0, int rounds=1, float decay=1.0) -> "
     "(Tensor o, Tensor ring_k, Tensor ring_v, Tensor slot_k, Tensor slot_v, Tensor slot_n)"
 )
@@ -39,14 +39,12 @@ Tensors = tuple[Tensor, ...]
 
 
 class Policy(NamedTuple):
-    """How items merge: the sizes after each round, the tokens that never merge, what a full set of slots keeps of its
-    counts when a block joins, and what the cost is taken of."""
+    """How items merge: the sizes after each round, the tokens that never merge, and what a full set of slots keeps of
+    its counts when a block joins."""
 
     sizes: list[int]
     sinks: int
     decay: float
-    k_map: Tensor | None
-    v_weight: Tensor | None
 
 
 def slots_chunk_recurrence(
@@ -60,8 +58,6 @@ def slots_chunk_recurrence(
     slot_k: Tensor,
     slot_v: Tensor,
     slot_n: Tensor,
-    k_map: Tensor | None = None,
-    v_weight: Tensor | None = None,
     *,
     window: int,
     scale: float,
@@ -72,7 +68,7 @@ def slots_chunk_recurrence(
     """The truth: one row and one token at a time."""
     dtype = accumulation_dtype(q.dtype)
     sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
-    policy = Policy(sizes, sinks, decay, k_map, v_weight)
+    policy = Policy(sizes, sinks, decay)
     rows = []
     for b in range(q.shape[0]):
         p, ring, slots = int(before[b]), [ring_k[b], ring_v[b]], [slot_k[b], slot_v[b], slot_n[b].to(dtype)]
@@ -111,9 +107,8 @@ def _join_one(left: list[Tensor], slots: list[Tensor], policy: Policy) -> list[T
     if bool((slot_n > 0).all()):
         slot_n = torch.cat([slot_n[:, : policy.sinks], slot_n[:, policy.sinks :] * policy.decay], 1)
     counts = torch.cat([slot_n, slot_n.new_ones(slot_n.shape[0], k.shape[0])], 1)
-    y = features(keys[None], values[None], policy.k_map, policy.v_weight)[0]
     for g in range(slot_n.shape[0]):
-        heads.append(merge_one_by_one(keys[g], values[g], counts[g], y[g], policy.sizes, policy.sinks))
+        heads.append(merge_one_by_one(keys[g], values[g], counts[g], keys[g], policy.sizes, policy.sinks))
     return [torch.stack(part) for part in zip(*heads, strict=True)]
 
 
@@ -131,8 +126,6 @@ def slots_chunk_decomposed(
     slot_k: Tensor,
     slot_v: Tensor,
     slot_n: Tensor,
-    k_map: Tensor | None = None,
-    v_weight: Tensor | None = None,
     *,
     window: int,
     scale: float,
@@ -147,20 +140,18 @@ def slots_chunk_decomposed(
     """
     check_slots(q, k, v, mask, before, (ring_k, ring_v), (slot_k, slot_v, slot_n), window, sinks)
     new = Tokens.of(q, k, v, mask, before, window)
-    sizes = round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds)
+    policy = Policy(round_sizes(slot_n.shape[2] + window, slot_n.shape[2], sinks, rounds), sinks, decay)
     length, dtype = q.shape[1], accumulation_dtype(q.dtype)
     width = torch.sym_min(length, window) if isinstance(length, SymInt) else min(length, window)
     offsets = torch.arange(width, device=q.device)
     slots: Tensors = (slot_k.to(dtype), slot_v.to(dtype), slot_n.to(dtype))
 
     def body(slots: Tensors, number: Tensor, offsets: Tensor, *rest: Tensor) -> tuple[Tensor, Tensors]:
-        tokens, (ring_k, ring_v, *weights) = Tokens(window, *rest[:7]), rest[7:]
-        policy = Policy(sizes, sinks, decay, *_given(weights, k_map, v_weight))
+        tokens, (ring_k, ring_v) = Tokens(window, *rest[:7]), rest[7:]
         return _block(number, offsets, tokens, ring_k, ring_v, slots, window, scale, policy)
 
     numbers = torch.arange((length + 2 * window - 2) // window, device=q.device)
-    extra = [x for x in (k_map, v_weight) if x is not None]
-    o, slots = _loop(body, slots, numbers, (offsets, *new[1:], ring_k, ring_v, *extra))
+    o, slots = _loop(body, slots, numbers, (offsets, *new[1:], ring_k, ring_v))
     place = new.phase[:, None] + new.order
     number = torch.div(place, window, rounding_mode="floor")
     offset = new.order - (number * window - new.phase[:, None]).clamp(min=0)
@@ -206,12 +197,6 @@ class Tokens(NamedTuple):
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B,T,..], index int64 [B,n] -> [B,n,..]."""
     return x.gather(1, index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]))
-
-
-def _given(tensors: list[Tensor], *places: Tensor | None) -> list[Tensor | None]:
-    """`tensors` in order at the places that are not None."""
-    left = iter(tensors)
-    return [None if place is None else next(left) for place in places]
 
 
 def _loop(
@@ -288,22 +273,13 @@ def _join(k: Tensor, v: Tensor, slots: Tensors, block: Tensor, done: Tensor, pol
     odd = (block % 2 == 1)[:, None, None, None]
     left = (torch.where(odd, x[:, :window], x[:, window:]).to(dtype).transpose(1, 2) for x in (k, v))
     keys, values = (torch.cat([old, item], dim=2) for old, item in zip(slots[:2], left, strict=True))
-    counts = torch.cat([aged(slots[2], policy), torch.ones_like(keys[:, :, -window:, 0])], dim=2)
-    y = features(keys, values, policy.k_map, policy.v_weight)
-    merged = merge(keys, values, counts, y, policy.sizes, policy.sinks)
+    counts = torch.cat([aged(slots[2], policy.sinks, policy.decay), torch.ones_like(keys[:, :, -window:, 0])], dim=2)
+    merged = merge(keys, values, counts, keys, policy.sizes, policy.sinks)
     which = done[:, None, None]
     return tuple(
         torch.where(which if new.ndim == 3 else which[..., None], new, old)
         for new, old in zip(merged, slots, strict=True)
     )
-
-
-def aged(n: Tensor, policy: Policy) -> Tensor:
-    """Counts [B,G,C] as a block joins them: once all slots are taken, `decay` of them, the sinks' excepted."""
-    if policy.decay == 1.0:
-        return n
-    sink = torch.arange(n.shape[2], device=n.device) < policy.sinks
-    return torch.where(sink | (n[:, :, -1:] == 0), n, n * policy.decay)
 
 
 def check_slots(
@@ -342,8 +318,6 @@ def _fake(
     slot_k: Tensor,
     slot_v: Tensor,
     slot_n: Tensor,
-    k_map: Tensor | None = None,
-    v_weight: Tensor | None = None,
     *,
     window: int,
     scale: float,

@@ -8,64 +8,43 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
-import linearize.kernels  # noqa: F401  (the operator then runs its CPU kernels)
 from linearize.kernels.cpu import delta as cpu
-from linearize.ops import OPERATORS, OperatorError, decompositions, delta_chunk
+from linearize.ops import OperatorError, decompositions, delta_chunk
 from linearize.ops.delta import EXPORTED_LEVELS, unit_triangular_inverse
-from tests.ops.test_gla import assert_near, make_gates
-
-OPERATOR = OPERATORS["delta_chunk"]
-FORMS = {"reference": OPERATOR.reference, "streamed": OPERATOR.streamed, "operator": delta_chunk}
+from tests.ops.helpers import (
+    GATES,
+    assert_every_form_is_the_recurrence,
+    assert_near,
+    assert_pieces_equal_one_call,
+    assert_rows_do_not_meet,
+    cut,
+    draw_tokens,
+)
 
 
 @st.composite
 def calls(draw):
     """(args, keywords): T to 150, beta up to 2 on normalised keys, gates of every kind, with and without a state."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 4)]))
-    batch, length = draw(st.integers(1, 2)), draw(st.one_of(st.just(1), st.integers(1, 150)))
-    key_dim, value_dim = draw(st.sampled_from([(8, 8), (9, 16), (33, 5)]))
-    heads = kv_heads * group
-    state_heads = draw(st.sampled_from([kv_heads, heads]))
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    q, k = normal(batch, length, heads, key_dim), normal(batch, length, kv_heads, key_dim)
-    v = normal(batch, length, kv_heads, value_dim)
-    if draw(st.booleans()):  # all keys alike: powers of L explode, the rule does not
-        k = k[:, :1].expand_as(k)
-    kind = draw(st.sampled_from(["none", "gentle", "steep", "mixed", "reset"]))
-    g = make_gates(kind, (batch, length, state_heads), generator, dtype)
-    most = draw(st.sampled_from([1.0, 2.0]))
-    beta = most * torch.rand(batch, length, state_heads, generator=generator, dtype=dtype)
-    s0 = normal(batch, state_heads, key_dim, value_dim) if draw(st.booleans()) else None
-    keywords = {"scale": key_dim**-0.5, "chunk": draw(st.sampled_from([5, 16, 32])), "l2norm": True}
-    return (q, k, v, beta, g, s0), keywords
+    x = draw_tokens(draw)
+    # all keys alike: powers of L explode, the rule does not
+    k = x.k[:, :1].expand_as(x.k) if draw(st.booleans()) else x.k
+    g = x.gates(draw(st.sampled_from(["none", *GATES])))
+    beta = draw(st.sampled_from([1.0, 2.0])) * x.uniform(*x.by_state)
+    s0 = x.state() if draw(st.booleans()) else None
+    keywords = {"scale": x.q.shape[3] ** -0.5, "chunk": draw(st.sampled_from([5, 16, 32])), "l2norm": True}
+    return (x.q, k, x.v, beta, g, s0), keywords
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls())
 def test_every_form_equals_the_recurrence(call):
-    args, keywords = call
-    expected = OPERATOR.recurrence(*args, **keywords)
-    for form in FORMS.values():
-        assert_near(form(*args, **keywords), expected)
+    assert_every_form_is_the_recurrence("delta_chunk", *call)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls(), st.floats(0, 1))
 def test_two_pieces_equal_one(call, fraction):
-    (*tokens, s0), keywords = call
-    length = tokens[0].shape[1]
-    cut = min(length - 1, int(fraction * length))
-    pieces, state = [], s0
-    for part in (slice(0, cut), slice(cut, length)):
-        if part.stop > part.start:
-            o, state = delta_chunk(*(None if x is None else x[:, part] for x in tokens), state, **keywords)
-            pieces.append(o)
-    assert_near((torch.cat(pieces, 1), state), delta_chunk(*tokens, s0, **keywords))
+    assert_pieces_equal_one_call("delta_chunk", *call, cut(call[0][0].shape[1], fraction))
 
 
 @pytest.mark.parametrize(("state_heads", "gated"), [(2, False), (2, True), (4, True)])
@@ -73,12 +52,7 @@ def test_single_steps_equal_one_call(state_heads, gated):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 40, heads, dim) for heads, dim in ((4, 8), (2, 8), (2, 5)))
     tokens = (q, k, v, torch.rand(3, 40, state_heads), -torch.rand(3, 40, state_heads) if gated else None)
-    outputs, state = [], None
-    for t in range(40):
-        now = (None if x is None else x[:, t : t + 1] for x in tokens)
-        o, state = delta_chunk(*now, state, l2norm=True)
-        outputs.append(o)
-    assert_near((torch.cat(outputs, 1), state), delta_chunk(*tokens, l2norm=True))
+    assert_pieces_equal_one_call("delta_chunk", (*tokens, None), {"l2norm": True}, [1] * 40)
 
 
 def test_a_key_written_with_beta_one_is_read_back_whole_and_then_replaced():
@@ -123,11 +97,8 @@ def test_an_exported_decomposition_says_nan_beyond_its_longest_piece():
 
 
 def test_rows_of_a_batch_do_not_meet():
-    q, beta, order = torch.randn(3, 40, 2, 8).double(), torch.rand(3, 40, 2).double(), torch.tensor([2, 0, 1])
-    together = cpu.stream(q, q, q, beta, -beta, l2norm=True)
-    moved = [x[order] for x in (q, q, q, beta, -beta)]
-    for a, b in zip(cpu.stream(*moved, l2norm=True), together, strict=True):
-        torch.testing.assert_close(a, b[order])
+    q, beta = torch.randn(3, 40, 2, 8).double(), torch.rand(3, 40, 2).double()
+    assert_rows_do_not_meet(cpu.stream, (q, q, q, beta, -beta), l2norm=True)
 
 
 def test_empty_tokens_leave_the_state_as_it_is():

@@ -14,10 +14,17 @@ from linearize.ops import (
     attention,
     decompositions,
     delta_chunk,
+    delta_step,
     gla_chunk,
+    gla_step,
     gla_vec_chunk,
+    gla_vec_step,
     hybrid_chunk,
+    hybrid_step,
+    mla_decode,
+    slots_block,
     slots_chunk,
+    slots_merge,
 )
 
 WINDOW = 6
@@ -99,6 +106,49 @@ class Slots(nn.Module):
         return slots_chunk(q, k, v, mask, before, *state, window=4, scale=0.5, sinks=1, rounds=2)
 
 
+class Mla(nn.Module):
+    """Every token is the cache of a query that is the row's sum."""
+
+    def forward(self, x):
+        return mla_decode(x.sum(1).unflatten(1, (3, 4))[:, :, :3], x[..., :3], rank=2, scale=0.5)
+
+
+class Block(nn.Module):
+    """A block of one query after all the others."""
+
+    def forward(self, x):
+        q, k, v = _heads(x)
+        line_k, line_v = (nn.functional.pad(t[:, -1:], (0, 0, 0, 0, 4, 0)) for t in (k, v))
+        slots = [t.transpose(1, 2) for t in (k, v)]
+        return slots_block(q[:, -1:], line_k, line_v, *slots, slots[0][..., 0].abs(), window=4, scale=0.5)
+
+
+class Merge(nn.Module):
+    def forward(self, x):
+        q, k, v = _heads(x)
+        slots = q[:, :1, :2].new_ones(x.shape[0], 2, 5, 3)
+        metric, lam = torch.eye(3).expand(2, -1, -1), torch.ones(2)
+        return slots_merge(slots, slots, slots[..., 0], k[:, :1], v[:, :1], metric, lam, sinks=1, rounds=2)
+
+
+class Steps(nn.Module):
+    """The last token through every step operator, on states that it makes; outputs and states."""
+
+    def forward(self, x):
+        q, k, v = (t[:, -1:] for t in _heads(x))
+        states = [x.new_ones(x.shape[0], 2, 3, 3) for _ in range(4)]
+        gates, features = -k.abs(), (q.exp(), k.exp())
+        rings = [x.new_zeros(x.shape[0], 8, 2, 3) for _ in range(3)]
+        pos, masses = torch.zeros(x.shape[0], dtype=torch.int64), states[0][..., 0].clone()
+        outputs = [
+            gla_step(q, k, v, gates[..., 0], states[0]),
+            gla_vec_step(q, k, v, gates, states[1]),
+            delta_step(q, k, v, k[..., 0].sigmoid(), gates[..., 0], states[2], l2norm=True),
+            hybrid_step(q, k, v, *features, pos, *rings, states[3], masses, window=4, scale=0.5),
+        ]
+        return (*outputs, *states, *rings, masses)
+
+
 MODULES = {
     "attention": Attention,
     "gla": Gla,
@@ -109,6 +159,9 @@ MODULES = {
     "hybrid": Hybrid,
     "window": Window,
     "slots": Slots,
+    "slots_block": Block,
+    "slots_merge": Merge,
+    "mla_decode": Mla,
 }
 
 
@@ -125,7 +178,7 @@ def export(name):
 
 
 def ours_in(program):
-    return [node.target for node in program.graph.nodes if str(node.target).startswith("linearize.")]
+    return [node.target for node in program.graph.nodes if "linearize." in str((node.target, node.args[:1]))]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -172,6 +225,8 @@ def samples():
     hybrid = {"window": WINDOW, "scale": 0.5}
     ring, slots = torch.zeros(2, 4, 2, 3), torch.zeros(2, 2, 4, 3)
     started = torch.rand(2, 5) > 0.3, torch.zeros(2, dtype=torch.int64), ring, ring.clone(), slots, slots.clone()
+    merged = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.rand(2, 2, 4) + 0.5
+    block = line[:, : WINDOW + 5], line[:, : WINDOW + 5].clone(), *merged
     softcapped = {"scale": 0.5, "softcap": 2.0, "window": 3}
     return {
         "attention": (attention, rows, {"scale": 0.5, "causal": True}),
@@ -184,6 +239,16 @@ def samples():
         "delta_full": (delta_chunk, (q, k, k.clone(), torch.rand(2, 5, 4), g.clone(), s0.clone()), {"l2norm": True}),
         "hybrid": (hybrid_chunk, (q, line, line.clone(), mask), hybrid),
         "hybrid_full": (hybrid_chunk, (q, line, line.clone(), mask, *features, *sinks, *state), hybrid),
+        "mla": (mla_decode, (q[:, 0], k[:, :, 0]), {"rank": 2, "scale": 0.5}),
+        "mla_lens": (mla_decode, (q[:, 0], k[:, :, 0], torch.tensor([5, 2])), {"rank": 2, "scale": 0.5}),
+        "block": (slots_block, (q, *block), {"window": WINDOW, "scale": 0.5}),
+        "block_masked": (slots_block, (q, *block, mask), {"window": WINDOW, "scale": 0.5}),
+        "merge": (slots_merge, (*merged, k, k.clone()), {}),
+        "merge_sinks": (
+            slots_merge,
+            (*merged, k, k.clone(), torch.eye(3).expand(2, -1, -1), torch.ones(2)),
+            {"sinks": 1},
+        ),
         "slots": (slots_chunk, (q, k, k.clone(), *started, slots[..., 0].clone()), {"window": 2, "scale": 0.5}),
     }
 
@@ -194,6 +259,57 @@ def test_the_registration_passes_opcheck(name):
     if name.endswith("_full"):  # opcheck then traces the backward, too
         args = [x.requires_grad_() if x.is_floating_point() else x for x in args]
     torch.library.opcheck(operator, args, kwargs)
+
+
+def step_samples():
+    """(operator, args, kwargs) of the operators that write to an argument, with every optional part and with none."""
+    q, k, s = torch.randn(2, 1, 4, 3), torch.randn(2, 1, 2, 3), torch.randn(3, 2, 3, 3)
+    g, index = -torch.rand(2, 1, 2, 3), torch.tensor([2, 0])
+    rings, pos = (torch.randn(3, 4, 2, 3), torch.randn(3, 4, 2, 3)), torch.tensor([9, 4])
+    far = torch.rand(3, 4, 2, 7), torch.rand(3, 2, 7, 3), torch.rand(3, 2, 7)
+    rest = torch.rand(4), torch.randn(3, 2, 2, 3), torch.randn(3, 2, 2, 3), torch.randn(4, 1), index
+    hybrid, features = {"window": 2, "scale": 0.5}, (torch.rand(2, 1, 4, 7), torch.rand(2, 1, 2, 7))
+    return {
+        "gla": (gla_step, (q, k, k.clone(), None, s[:2]), {}),
+        "gla_full": (gla_step, (q, k, k.clone(), g[..., 0], s, index), {"scale": 0.5}),
+        "gla_vec": (gla_vec_step, (q, k, k.clone(), g, s, index), {}),
+        "delta": (delta_step, (q, k, k.clone(), torch.rand(2, 1, 2), None, s[:2]), {}),
+        "delta_full": (delta_step, (q, k, k.clone(), torch.rand(2, 1, 2), g[..., 0], s, index), {"l2norm": True}),
+        "hybrid": (hybrid_step, (q, k, k.clone(), None, None, pos, rings[0][:2], rings[1][:2]), hybrid),
+        "hybrid_full": (hybrid_step, (q, k, k.clone(), *features, pos, *rings, *far, *rest), hybrid),
+    }
+
+
+@pytest.mark.parametrize("name", step_samples())
+def test_the_registration_of_steps_passes_opcheck(name):
+    operator, args, kwargs = step_samples()[name]
+    torch.library.opcheck(operator, args, kwargs)
+
+
+@pytest.mark.parametrize("form", ["overload", "reference"])
+def test_steps_export_with_what_they_write(monkeypatch, form):
+    """torch decomposes no operator that writes to its arguments, so the references are exported as they are."""
+    for name in ("gla_step", "gla_vec_step", "delta_step", "hybrid_step"):
+        monkeypatch.setitem(globals(), name, getattr(OPERATORS[name], form))
+    with torch.no_grad():
+        dims = {"x": {0: Dim("B", min=1, max=64), 1: Dim("T", min=1, max=4096)}}
+        program = torch.export.export(Steps(), (torch.randn(2, 9, 12),), dynamic_shapes=dims)
+    assert len(ours_in(program)) == (4 if form == "overload" else 0)
+    monkeypatch.undo()
+    for batch, length in ((1, 1), (3, 70)):
+        x = torch.randn(batch, length, 12)
+        for found, expected in zip(program.module()(x), Steps()(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [*MODULES.values(), Steps])
+def test_compile_makes_one_graph_of_it(module):
+    torch._dynamo.reset()
+    x = torch.randn(2, 9, 12)
+    compiled = torch.compile(module(), fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for found, expected in zip(tree_leaves(compiled(x)), tree_leaves(module()(x)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

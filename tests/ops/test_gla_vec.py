@@ -7,58 +7,38 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import linearize.kernels  # noqa: F401  (the operator then runs its CPU kernels)
 from linearize.kernels.cpu import gla_vec as cpu
-from linearize.ops import OPERATORS, OperatorError, gla_chunk, gla_vec_chunk
-from tests.ops.test_gla import assert_near, make_gates
-
-OPERATOR = OPERATORS["gla_vec_chunk"]
-FORMS = {"reference": OPERATOR.reference, "streamed": OPERATOR.streamed, "operator": gla_vec_chunk}
+from linearize.ops import OperatorError, gla_chunk, gla_vec_chunk
+from tests.ops.helpers import (
+    GATES,
+    assert_every_form_is_the_recurrence,
+    assert_near,
+    assert_pieces_equal_one_call,
+    assert_rows_do_not_meet,
+    cut,
+    draw_tokens,
+)
 
 
 @st.composite
 def calls(draw):
     """(args, keywords): T from 1 to 150, GQA and MQA, gates per kv head or per query head, with and without a state."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 4)]))
-    batch, length = draw(st.integers(1, 2)), draw(st.one_of(st.just(1), st.integers(1, 150)))
-    key_dim, value_dim = draw(st.sampled_from([(8, 8), (9, 16), (33, 5)]))
-    heads = kv_heads * group
-    state_heads = draw(st.sampled_from([kv_heads, heads]))
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    q, k = normal(batch, length, heads, key_dim), normal(batch, length, kv_heads, key_dim)
-    v = normal(batch, length, kv_heads, value_dim)
-    kind = draw(st.sampled_from(["gentle", "steep", "mixed", "reset"]))
-    g = make_gates(kind, (batch, length, state_heads, key_dim), generator, dtype)
-    s0 = normal(batch, state_heads, key_dim, value_dim) if draw(st.booleans()) else None
-    return (q, k, v, g, s0), {"scale": key_dim**-0.5, "chunk": draw(st.sampled_from([5, 16, 64]))}
+    x = draw_tokens(draw)
+    s0 = x.state() if draw(st.booleans()) else None
+    keywords = {"scale": x.q.shape[3] ** -0.5, "chunk": draw(st.sampled_from([5, 16, 64]))}
+    return (x.q, x.k, x.v, x.gates(draw(st.sampled_from(GATES)), by_channel=True), s0), keywords
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls())
 def test_every_form_equals_the_recurrence(call):
-    args, keywords = call
-    expected = OPERATOR.recurrence(*args, **keywords)
-    for form in FORMS.values():
-        assert_near(form(*args, **keywords), expected)
+    assert_every_form_is_the_recurrence("gla_vec_chunk", *call)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls(), st.floats(0, 1))
 def test_two_pieces_equal_one(call, fraction):
-    (*tokens, s0), keywords = call
-    length = tokens[0].shape[1]
-    cut = min(length - 1, int(fraction * length))
-    pieces, state = [], s0
-    for part in (slice(0, cut), slice(cut, length)):
-        if part.stop > part.start:
-            o, state = gla_vec_chunk(*(x[:, part] for x in tokens), state, **keywords)
-            pieces.append(o)
-    assert_near((torch.cat(pieces, 1), state), gla_vec_chunk(*tokens, s0, **keywords))
+    assert_pieces_equal_one_call("gla_vec_chunk", *call, cut(call[0][0].shape[1], fraction))
 
 
 @pytest.mark.parametrize("state_heads", [2, 4])
@@ -66,11 +46,7 @@ def test_single_steps_equal_one_call(state_heads):
     torch.manual_seed(0)
     tokens = torch.randn(3, 40, 4, 8), torch.randn(3, 40, 2, 8), torch.randn(3, 40, 2, 5)
     tokens = (*tokens, -torch.rand(3, 40, state_heads, 8))
-    outputs, state = [], None
-    for t in range(40):
-        o, state = gla_vec_chunk(*(x[:, t : t + 1] for x in tokens), state)
-        outputs.append(o)
-    assert_near((torch.cat(outputs, 1), state), gla_vec_chunk(*tokens))
+    assert_pieces_equal_one_call("gla_vec_chunk", (*tokens, None), {}, [1] * 40)
 
 
 def test_equal_gates_in_all_channels_are_the_scalar_gate():
@@ -81,9 +57,7 @@ def test_equal_gates_in_all_channels_are_the_scalar_gate():
 
 def test_rows_of_a_batch_do_not_meet():
     q, g = torch.randn(3, 40, 2, 8).double(), -torch.rand(3, 40, 2, 8).double()
-    together, order = cpu.stream(q, q, q, g), torch.tensor([2, 0, 1])
-    for a, b in zip(cpu.stream(*(x[order] for x in (q, q, q, g))), together, strict=True):
-        torch.testing.assert_close(a, b[order])
+    assert_rows_do_not_meet(cpu.stream, (q, q, q, g))
 
 
 def test_empty_tokens_leave_the_state_as_it_is():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import linearize.kernels  # noqa: F401  (the operator then runs its CPU kernels)
 from linearize.ops import OPERATORS, OperatorError, attention, hybrid_chunk
+from tests.ops.helpers import assert_near
 
 FORMS = {
     "reference": OPERATORS["hybrid_chunk"].reference,
@@ -16,16 +17,7 @@ FORMS = {
     "operator": hybrid_chunk,
 }
 truth = OPERATORS["hybrid_chunk"].recurrence
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 TOKENWISE = ("q", "fq", "fk", "sink_mask")
-
-
-def assert_near(found, expected):
-    """Largest difference of each output relative to its largest value."""
-    for a, b in zip(found, expected, strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[b.dtype] * scale)
 
 
 def make_call(

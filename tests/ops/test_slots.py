@@ -19,7 +19,7 @@ STATE = ("ring_k", "ring_v", "slot_k", "slot_v", "slot_n")
 
 def make_call(
     seed=0, dtype=torch.float64, batch=2, length=40, window=3, slots=6, kv_heads=2, group=2, head_dim=4, value_dim=3,
-    sinks=0, rounds=1, padding=True, metric=False, warm=0, decay=1.0,
+    sinks=0, rounds=1, padding=True, warm=0, decay=1.0,
 ):  # fmt: skip
     """Keyword arguments of a call; `warm` tokens, a different number in each row, were read before it."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,8 +41,6 @@ def make_call(
         "slot_n": torch.zeros(batch, kv_heads, slots, dtype=dtype),
         "window": window, "scale": head_dim**-0.5, "sinks": sinks, "rounds": rounds, "decay": decay,
     }  # fmt: skip
-    if metric:
-        call |= {"k_map": normal(kv_heads, head_dim, head_dim), "v_weight": normal(kv_heads).abs()}
     if warm:
         prompt = make_call(seed + 1, dtype, batch, warm, window, slots, kv_heads, group, head_dim, value_dim)
         call = after(call, prompt["mask"], truth(**call | {name: prompt[name] for name in ("q", "k", "v", "mask")}))
@@ -79,7 +77,7 @@ def calls(draw):
     return make_call(
         seed=draw(st.integers(0, 2**20)), batch=draw(st.integers(1, 3)), window=window, kv_heads=kv_heads, group=group,
         length=draw(st.one_of(st.just(1), st.integers(1, 40))), slots=draw(st.integers(max(1, 2 * sinks), 12)),
-        sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])), padding=draw(st.booleans()), metric=draw(st.booleans()),
+        sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])), padding=draw(st.booleans()),
         warm=draw(st.sampled_from([0, 7, 30])), decay=draw(st.sampled_from([1.0, 0.75])),
     )  # fmt: skip
 
