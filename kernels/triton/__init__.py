@@ -17,6 +17,7 @@ from linearize.kernels import cpu
 from linearize.kernels.registry import Kernel, register
 
 OLDEST_CAPABILITY = (8, 0)
+WIDEST = 256
 HALVES_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,6 +44,13 @@ def check_tokens(q: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
     return check_device(q) or check_dtypes(q, *rest)
 
 
+def check_line(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
+    """As `check_tokens`, for kernels that hold whole rows of queries."""
+    if q.shape[-1] > WIDEST:
+        return f"head dim {q.shape[-1]}, at most {WIDEST}"
+    return check_tokens(q, k, v)
+
+
 def check_device(q: torch.Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else OLDEST_CAPABILITY
     return None if capability >= OLDEST_CAPABILITY else f"compute capability {capability}, needs {OLDEST_CAPABILITY}"
@@ -55,6 +63,7 @@ def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) 
 
 
 GLA = register(Kernel("triton.gla_chunk", "gla_chunk", "cuda", 30, check_tokens, later("gla"), missing()))
+HYBRID = register(Kernel("triton.hybrid_chunk", "hybrid_chunk", "cuda", 30, check_line, later("hybrid"), missing()))
 
 # The streamed forms for the CPU are plain PyTorch, so they run on a GPU as they are, with memory linear in T.
 PLAIN = (
