@@ -9,18 +9,21 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from linearize.kernels import cpu
-from linearize.kernels.registry import Kernel, register
+from linearize.kernels.registry import Check, Kernel, register
 
 OLDEST_CAPABILITY = (8, 0)
-WIDEST = 256
+WIDEST, WIDEST_LATENT = 256, 640
+POOLS = ("ring_k", "ring_v", "ring_f", "s", "z", "sink_k", "sink_v")
 HALVES_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@cache
 def missing() -> str:
     """Why no Triton kernel can be used on this machine, "" where they can."""
     if importlib.util.find_spec("triton") is None:
@@ -28,7 +31,7 @@ def missing() -> str:
     return ""
 
 
-def later(module: str, function: str = "forward") -> Callable[..., Any]:
+def later(module: str, function: str) -> Callable[..., Any]:
     """The function of a module of this package, imported when it is first called."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,6 +54,34 @@ def check_line(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **
     return check_tokens(q, k, v)
 
 
+def check_one(q: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
+    """Claims one token a row, whose state fits in a program's registers."""
+    if q.shape[1] != 1:
+        return f"T is {q.shape[1]}, not 1"
+    return check_line(q, *rest)
+
+
+def check_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
+    return check_one(q, k, v)
+
+
+def check_hybrid_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor | None, **keywords: Any
+) -> str | None:
+    """The pools are updated in place, so they must lie as the kernel expects them."""
+    pools = (*rest[3:], *(keywords.get(name) for name in POOLS))
+    if not all(pool.is_contiguous() for pool in pools if isinstance(pool, torch.Tensor)):
+        return "a ring, a state or a sink is not contiguous"
+    return check_one(q, k, v)
+
+
+def check_cache(q: torch.Tensor, cache: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
+    """A program holds 16 rows of a latent's dims."""
+    if q.shape[2] > WIDEST_LATENT:
+        return f"{q.shape[2]} dims, at most {WIDEST_LATENT}"
+    return check_device(q) or check_dtypes(q, cache, cache)
+
+
 def check_device(q: torch.Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else OLDEST_CAPABILITY
     return None if capability >= OLDEST_CAPABILITY else f"compute capability {capability}, needs {OLDEST_CAPABILITY}"
@@ -62,8 +93,17 @@ def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) 
     return None if q.dtype == k.dtype == v.dtype else f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
 
 
-GLA = register(Kernel("triton.gla_chunk", "gla_chunk", "cuda", 30, check_tokens, later("gla"), missing()))
-HYBRID = register(Kernel("triton.hybrid_chunk", "hybrid_chunk", "cuda", 30, check_line, later("hybrid"), missing()))
+def _register(op: str, priority: int, check: Check, module: str, function: str) -> Kernel:
+    return register(Kernel(f"triton.{function}", op, "cuda", priority, check, later(module, function), missing))
+
+
+GLA = _register("gla_chunk", 30, check_tokens, "gla", "gla_chunk")
+GLA_ONE = _register("gla_chunk", 40, check_one, "steps", "gla_one")
+GLA_STEP = _register("gla_step", 30, check_step, "steps", "gla_step")
+HYBRID = _register("hybrid_chunk", 30, check_line, "hybrid", "hybrid_chunk")
+HYBRID_STEP = _register("hybrid_step", 30, check_hybrid_step, "hybrid_step", "hybrid_step")
+MLA_DECODE = _register("mla_decode", 30, check_cache, "mla", "mla_decode")
+SLOTS_BLOCK = _register("slots_block", 30, check_line, "slots", "slots_block")
 
 # The streamed forms for the CPU are plain PyTorch, so they run on a GPU as they are, with memory linear in T.
 PLAIN = (

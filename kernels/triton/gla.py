@@ -137,7 +137,7 @@ def gla_output_kernel(
     tl.store(o, out.to(o.dtype.element_ty), mask=real[:, None] & (columns < V)[None, :])
 
 
-def forward(
+def gla_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -144,7 +144,7 @@ def hybrid_output_kernel(
     tl.store(o, out.to(o.dtype.element_ty), mask=real[:, None] & (columns < V)[None, :])
 
 
-def forward(
+def hybrid_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -82,6 +82,7 @@ def test_explain_lists_the_kernels_and_the_reference_last():
         ("reference", "available"),
     ]
     assert [name for name, _ in explain("gla_chunk", "cuda")] == [
+        "triton.gla_one",
         "triton.gla_chunk",
         "torch.gla_step",
         "torch.gla_stream",

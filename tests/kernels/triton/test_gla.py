@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from linearize.kernels.triton import gla
 from linearize.ops.gla import gla_chunk_recurrence
 from tests.kernels.triton.checking import assert_equals_truth, doubled, interpreted, rms
-from tests.ops.test_gla import calls, make_gates
+from tests.ops.helpers import make_gates
+from tests.ops.test_gla import calls
 
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
@@ -18,7 +19,7 @@ SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 @given(calls())
 def test_the_forward_equals_the_recurrence(call):
     args, keywords = call
-    found = interpreted(lambda: gla.forward(*args, **keywords), orders=(0,))
+    found = interpreted(lambda: gla.gla_chunk(*args, **keywords), orders=(0,))
     assert_equals_truth(found, gla_chunk_recurrence(*doubled(args), **keywords), args[0].dtype)
 
 
@@ -36,14 +37,14 @@ def inputs(dtype, length=130, kind="mixed", key_dim=24, value_dim=40):
 
 def test_the_order_of_the_programs_does_not_show():
     args = inputs(torch.float64, length=70, key_dim=33, value_dim=40)
-    found = interpreted(lambda: gla.forward(*args, scale=0.2))
+    found = interpreted(lambda: gla.gla_chunk(*args, scale=0.2))
     assert_equals_truth(found, gla_chunk_recurrence(*args, scale=0.2), torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["gentle", "steep", "mixed", "reset"])
 def test_gates_cost_float32_no_digits(kind):
     args = inputs(torch.float32, kind=kind)
-    found = interpreted(lambda: gla.forward(*args, scale=0.2), orders=(0,))
+    found = interpreted(lambda: gla.gla_chunk(*args, scale=0.2), orders=(0,))
     assert_equals_truth(found, gla_chunk_recurrence(*doubled(args), scale=0.2), torch.float32)
 
 
@@ -63,14 +64,14 @@ def eager_bf16(q, k, v, g, s0, scale):
 def test_bfloat16_errs_at_most_twice_as_much_as_pytorch_does(kind):
     args = inputs(torch.bfloat16, kind=kind)
     expected = gla_chunk_recurrence(*doubled(args), scale=0.2)
-    o, s = interpreted(lambda: gla.forward(*args, scale=0.2), orders=(0,))
+    o, s = interpreted(lambda: gla.gla_chunk(*args, scale=0.2), orders=(0,))
     assert rms(o, expected[0]) < 2 * rms(eager_bf16(*args, scale=0.2), expected[0])
     assert rms(s, expected[1]) < 0.01 * expected[1].square().mean().sqrt().item()
 
 
 def test_float16_states_do_not_overflow():
     q, k, v, _, s0 = inputs(torch.float16, kind="none")
-    found = interpreted(lambda: gla.forward(q, k, v, None, s0 * 1e5, scale=1e-6), orders=(0,))
+    found = interpreted(lambda: gla.gla_chunk(q, k, v, None, s0 * 1e5, scale=1e-6), orders=(0,))
     expected = gla_chunk_recurrence(*doubled((q, k, v)), None, s0.double() * 1e5, scale=1e-6)
     assert expected[1].abs().max() > torch.finfo(torch.float16).max
     for a, b in zip(found, expected, strict=True):
@@ -81,5 +82,5 @@ def test_views_that_are_not_contiguous_are_read_in_place():
     q, k, v, g, s0 = inputs(torch.float64)
     both = torch.cat([k, torch.full_like(k, float("nan"))], dim=1)
     turned = v.transpose(2, 3).contiguous().transpose(2, 3)
-    found = interpreted(lambda: gla.forward(q, both[:, : k.shape[1]], turned, g, s0), orders=(0,))
+    found = interpreted(lambda: gla.gla_chunk(q, both[:, : k.shape[1]], turned, g, s0), orders=(0,))
     assert_equals_truth(found, gla_chunk_recurrence(q, k, v, g, s0), torch.float64)

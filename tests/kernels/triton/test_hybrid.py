@@ -23,20 +23,20 @@ def truth(call):
 @settings(max_examples=8, **SLOW)
 @given(calls())
 def test_the_forward_equals_the_recurrence(call):
-    found = interpreted(lambda: hybrid.forward(**call), orders=(0,))
+    found = interpreted(lambda: hybrid.hybrid_chunk(**call), orders=(0,))
     assert_equals_truth(found, truth(call), call["q"].dtype)
 
 
 @pytest.mark.parametrize("features", [0, 20])
 def test_the_order_of_the_programs_does_not_show(features):
     call = make_call(batch=1, length=70, window=30, features=features, head_dim=20, value_dim=40)
-    assert_equals_truth(interpreted(lambda: hybrid.forward(**call)), truth(call), torch.float64)
+    assert_equals_truth(interpreted(lambda: hybrid.hybrid_chunk(**call)), truth(call), torch.float64)
 
 
 def test_a_window_longer_than_the_line_is_softmax_attention():
     call = make_call(length=20, window=150, features=0, sinks=0, logits=0, mix=False, padding="none")
     call["mask"][:, :150] = False
-    o, _, _ = interpreted(lambda: hybrid.forward(**call), orders=(0,))
+    o, _, _ = interpreted(lambda: hybrid.hybrid_chunk(**call), orders=(0,))
     q, k, v = (x[:, -20:].transpose(1, 2) for x in (call["q"], call["k"], call["v"]))
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=call["scale"], enable_gqa=True
@@ -74,7 +74,7 @@ def eager_bf16(call):
 
 def test_bfloat16_errs_at_most_twice_as_much_as_pytorch_does():
     call = in_bf16(make_call(length=100, window=40, features=16, sinks=0, logits=0, mix=False, padding="none"))
-    o, s, z = interpreted(lambda: hybrid.forward(**call), orders=(0,))
+    o, s, z = interpreted(lambda: hybrid.hybrid_chunk(**call), orders=(0,))
     expected = truth(call)
     assert rms(o, expected[0]) < 2 * rms(eager_bf16(call), expected[0])
     assert rms(s, expected[1]) < 1e-2 * expected[1].square().mean().sqrt()

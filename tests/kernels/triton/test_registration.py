@@ -40,7 +40,13 @@ def test_no_tokens_and_wide_heads_are_declined():
 
 def test_without_triton_plain_pytorch_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-    assert triton.missing() == "triton is not installed: pip install 'linearize[gpu]'"
+    triton.missing.cache_clear()
+    try:
+        name, declined = chosen("gla_chunk", *[tokens()] * 3)
+        assert name == "torch.gla_stream"
+        assert declined["triton.gla_chunk"] == "triton is not installed: pip install 'linearize[gpu]'"
+    finally:
+        triton.missing.cache_clear()
 
 
 def test_every_operator_has_an_implementation_on_a_gpu_that_is_linear_in_the_length():

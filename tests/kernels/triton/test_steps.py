@@ -1,0 +1,116 @@
+"""The Triton step kernels in the honest interpreter: values, pools, and which memory they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from linearize.kernels.triton import hybrid_step, steps
+from linearize.ops.gla import gla_chunk_recurrence
+from linearize.ops.hybrid_step import hybrid_step_recurrence
+from tests.kernels.triton.checking import BOUND, assert_equals_truth, doubled, error, interpreted
+from tests.ops.helpers import GATES, draw_tokens
+from tests.ops.test_hybrid_step import Sequence, sequences
+
+SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
+@st.composite
+def calls(draw):
+    kind = draw(st.sampled_from(["none", *GATES]))
+    x = draw_tokens(draw, longest=1, dims=((8, 8), (33, 5), (100, 64)), shared=kind == "none")
+    return (x.q, x.k, x.v, x.gates(kind)), x.state()
+
+
+@settings(max_examples=12, **SLOW)
+@given(calls(), st.booleans())
+def test_gla_step_updates_the_rows_of_the_pool_that_the_index_names(call, pooled):
+    tokens, state = call
+    index = torch.tensor([3, 1])[: state.shape[0]] if pooled else None
+    pool = state.clone() if index is None else torch.full((5, *state.shape[1:]), 7.0, dtype=state.dtype)
+    if index is not None:
+        pool[index] = state
+
+    def run():
+        s = pool.clone()
+        return steps.gla_step(*tokens, s, index, scale=0.3), s
+
+    o, s = interpreted(run, orders=(0,))
+    expected = gla_chunk_recurrence(*doubled((*tokens, state)), scale=0.3)
+    assert_equals_truth((o, s if index is None else s[index]), expected, state.dtype)
+    others = [] if index is None else [row for row in range(5) if row not in index.tolist()]
+    assert bool((s[others] == 7.0).all())
+
+
+@settings(max_examples=6, **SLOW)
+@given(calls(), st.booleans())
+def test_one_token_of_gla_chunk_makes_a_new_state(call, start):
+    tokens, state = call
+    s0 = state if start else None
+    before = state.clone()
+    found = interpreted(lambda: steps.gla_one(*tokens, s0, scale=0.3), orders=(0,))
+    assert_equals_truth(found, gla_chunk_recurrence(*doubled((*tokens, s0)), scale=0.3), state.dtype)
+    assert torch.equal(state, before)
+
+
+def stepped(form, sequence, ticks):
+    """The outputs of some steps from copies of the pools, and the pools after them."""
+    kept, outputs = sequence.pools, []
+    sequence.pools = {name: pool.clone() for name, pool in kept.items()}
+    for t in ticks:
+        outputs.append(form(sequence, t))
+    after, sequence.pools = sequence.pools, kept
+    return [torch.cat(outputs, 1), *after.values()]
+
+
+def by_kernel(sequence, t):
+    return sequence.step(hybrid_step.hybrid_step, t)
+
+
+@settings(max_examples=6, **SLOW)
+@given(sequences())
+def test_steps_leave_outputs_and_pools_as_the_truth_does(sequence):
+    ticks = range(min(sequence.length, 14))
+    found = interpreted(lambda: stepped(by_kernel, sequence, ticks), orders=(0,))
+    expected = stepped(lambda x, t: x.step(hybrid_step_recurrence, t), sequence, ticks)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < BOUND[a.dtype]
+
+
+def test_the_order_of_the_programs_does_not_show():
+    sequence = Sequence(window=3, length=10, batch=1, features=20, sinks=2, logits=1, head_dim=16, value_dim=20)
+    found = interpreted(lambda: stepped(by_kernel, sequence, range(10)))
+    torch.testing.assert_close(found[0], sequence.at_once()[0])
+
+
+def test_the_state_is_written_once_a_window():
+    sequence = Sequence(window=4, length=17, features=6, batch=1, pool=0)
+    written = []
+
+    def run():
+        for t in range(17):
+            before = sequence.pools["s"].clone()
+            sequence.step(hybrid_step.hybrid_step, t)
+            written.append(not torch.equal(before, sequence.pools["s"]))
+        return ()
+
+    interpreted(run, orders=(0,))
+    assert [t for t, wrote in enumerate(written) if wrote] == [8, 12, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_steps_stay_near_the_truth(dtype):
+    sequence = Sequence(window=4, length=14, batch=1, pool=0, dtype=torch.float64)
+    expected = sequence.at_once()[0]
+    narrow = Sequence(window=4, length=14, batch=1, pool=0, dtype=torch.float64)
+    for name in ("q", "k", "v", "fq", "fk"):
+        setattr(narrow, name, getattr(narrow, name).to(dtype))
+    for name in ("ring_k", "ring_v", "ring_f"):
+        narrow.pools[name] = narrow.pools[name].to(dtype)
+    for name in ("s", "z"):
+        narrow.pools[name] = narrow.pools[name].float()
+    narrow.mix = narrow.mix.float()
+    found = interpreted(lambda: stepped(by_kernel, narrow, range(14)), orders=(0,))
+    assert error(found[0], expected) < 0.05
