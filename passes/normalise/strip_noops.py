@@ -1,4 +1,6 @@
-"""Remove operators that return their input: full slices, detach, dropout in inference, casts to the same dtype."""
+"""Remove operators that return their input: full slices, detach, dropout in inference, casts to the same dtype, reshapes
+and expansions to the same shape.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import fx
 from linearize.pipeline import Keeps, Stage
 from linearize.program import Program
 from linearize.rewriting.editor import remove_dead
-from linearize.rewriting.walk import MAX_INDEX, is_op
+from linearize.rewriting.walk import MAX_INDEX, is_op, shape_of
 
 aten = torch.ops.aten
 
@@ -43,7 +45,14 @@ def _returns_its_input(node: fx.Node) -> bool:
         return is_op(node, aten.dropout) and (node.args[2] is False or bool(node.args[1] == 0.0))
     if is_op(node, aten._to_copy, aten.to, aten.clone):
         return _same_tensor(node)
-    return False
+    return is_op(node, aten.reshape, aten.view, aten.expand) and _same_shape(node)
+
+
+def _same_shape(node: fx.Node) -> bool:
+    before, after = (
+        list(map(str, shape_of(item))) if isinstance(item, fx.Node) else [] for item in (node.args[0], node)
+    )
+    return bool(before) and before == after
 
 
 def _same_tensor(node: fx.Node) -> bool:

@@ -23,20 +23,22 @@ def attention_text(program: Program) -> str:
         elif inside:
             chosen.append(line.strip())
     text = with_sizes("\n".join(chosen), program)
-    for node, name in numbered(program).items():
-        text = re.sub(rf"(?<![.\w]){node}(?![.\w(])", name, text)
-    return text
+    return numbered(text, {node.name for node in program.graph.nodes if node.op in ("call_function", "call_module")})
 
 
-def numbered(program: Program) -> dict[str, str]:
+def numbered(text: str, names: set[str]) -> str:
     counts: dict[str, int] = defaultdict(int)
-    names = {}
-    for node in program.graph.nodes:
-        if node.op in ("call_function", "call_module"):
-            base = re.sub(r"_\d+$", "", node.name)
+    given: dict[str, str] = {}
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[0]
+        if name in names and name not in given:
+            base = re.sub(r"_\d+$", "", name)
             counts[base] += 1
-            names[node.name] = f"%{base}.{counts[base]}"
-    return names
+            given[name] = f"%{base}.{counts[base]}"
+        return given.get(name, name)
+
+    return re.sub(r"(?<![.\w])\w+(?![.\w(])", renamed, text)
 
 
 def with_sizes(text: str, program: Program) -> str:
