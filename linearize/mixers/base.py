@@ -43,10 +43,9 @@ class Mixer(nn.Module):
     @classmethod
     def refusal(cls, site: Site) -> str | None:
         """Why this mixer cannot replace the site, or None."""
-        missing = [need for need in cls.needs if getattr(site.nodes, need) is None]
+        missing = cls.missing(site)
         if missing:
-            detail = f" ({site.near_misses[0]})" if site.near_misses else ""
-            return f"{cls.name} needs {', '.join(missing)}, not recovered here{detail}"
+            return missing
         if site.attention.softcap:
             return f"{cls.name} does not carry the soft-cap of {site.attention.softcap:g}"
         if site.attention.sinks:
@@ -56,6 +55,15 @@ class Mixer(nn.Module):
         if site.attention.mask.kind == "chunked":
             return f"{cls.name} does not carry the teacher's chunks of {site.attention.mask.size}"
         return None
+
+    @classmethod
+    def missing(cls, site: Site) -> str | None:
+        """Which of `needs` the site does not have, as a reason; None where it has them all."""
+        missing = [need for need in cls.needs if getattr(site.nodes, need) is None]
+        if not missing:
+            return None
+        detail = f" ({site.near_misses[0]})" if site.near_misses else ""
+        return f"{cls.name} needs {', '.join(missing)}, not recovered here{detail}"
 
     @classmethod
     def refusal_with(cls, site: Site, options: dict[str, Any]) -> str | None:

@@ -22,15 +22,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import Mixer, register_mixer
+from linearize.mixers.base import register_mixer
+from linearize.mixers.cached import CachedAttention
 from linearize.mixers.mla_basis import Bases, fit_bases, full_bases
-from linearize.ops.position_bias import position_bias
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec, Site
 
 
 @register_mixer
-class MLA(Mixer):
+class MLA(CachedAttention):
     """Options: `rank` r and `rope_dims` p (even; rounded to what there is); 0 for the share of the teacher's cache that
     `cache` gives: p a third of it, r the rest. cache=1.0 with r = p = 0 is full rank, and equals the teacher.
 
@@ -41,7 +41,6 @@ class MLA(Mixer):
     needs = ("query_unrotated", "key_unrotated")
     starts_as = "the teacher at full rank; below it, a truncation of that (the first dims) until it is fitted"
     fits = True
-    slopes: Tensor
     down_key: Tensor
     down_value: Tensor
     down_bias: Tensor
@@ -54,19 +53,14 @@ class MLA(Mixer):
     def __init__(self, spec: AttentionSpec, cache: float = 0.5, rank: int = 0, rope_dims: int = 0) -> None:
         super().__init__(spec, cache=cache, rank=rank, rope_dims=rope_dims)
         self.rank, self.rope_dims = _sizes(spec, cache, rank, rope_dims)
-        if spec.alibi:
-            self.register_buffer("slopes", torch.tensor(spec.alibi, dtype=torch.float32))
-        if spec.sinks:
-            self.needs = (*type(self).needs, "sinks")  # type: ignore[misc,assignment]
         for name, tensor in full_bases(spec, self.rank, self.rope_dims)._asdict().items():
             self.register_parameter(name, nn.Parameter(tensor))
 
     @classmethod
     def refusal(cls, site: Site) -> str | None:
-        missing = [need for need in cls.needs if getattr(site.nodes, need) is None]
+        missing = cls.missing(site)
         if missing:
-            detail = f" ({site.near_misses[0]})" if site.near_misses else ""
-            return f"{cls.name} needs {', '.join(missing)}, not recovered here{detail}"
+            return missing
         if site.attention.rope is not None and site.attention.rope.pairs == "other":
             return f"{cls.name} does not know which dims {site.attention.rope} rotates together"
         return None
@@ -75,7 +69,7 @@ class MLA(Mixer):
         width = self.rank + self.rope_dims
         return (
             StateTensor("cache_c", (0, width), self.dtype, grows=0),
-            StateTensor("cache_mask", (0,), torch.bool, grows=0),
+            self.cache_mask,
         )
 
     def forward(
@@ -86,11 +80,8 @@ class MLA(Mixer):
         cache = torch.cat([cache, self._compress(key, value, key_unrotated)], 1)
         seen = torch.cat([cache_mask, mask], 1)
         keys = cache.unsqueeze(1)
-        latent = torch.ops.linearize.attention.default(
-            self._absorb(query, query_unrotated), keys, keys[..., : self.rank], self._bias(seen, mask), *sinks,
-            scale=self.spec.scale, softcap=self.spec.softcap, causal=True,
-            window=self.spec.mask.size if self.spec.mask.kind == "sliding" else 0,
-        )  # fmt: skip
+        absorbed = self._absorb(query, query_unrotated)
+        latent = self.attend(absorbed, keys, keys[..., : self.rank], sinks, seen, mask)
         return self._expand(latent), cache, seen
 
     def _compress(self, key: Tensor, value: Tensor, key_unrotated: Tensor) -> Tensor:
@@ -107,14 +98,6 @@ class MLA(Mixer):
         """[B, H, T, r] -> [B, H, T, dv]."""
         mean = self.up_bias.repeat_interleave(self.spec.groups, 0).unsqueeze(1)
         return latent @ self.up_value.to(latent.dtype) + mean.to(latent.dtype)
-
-    def _bias(self, seen: Tensor, mask: Tensor) -> Tensor:
-        masked = self.spec.mask
-        chunk = masked.size if masked.kind == "chunked" else 0
-        if not chunk and not self.spec.alibi:
-            return seen.unsqueeze(1).unsqueeze(1)
-        slopes = self.slopes if self.spec.alibi else None
-        return position_bias(seen, mask, chunk, slopes, from_first_token=masked.from_first_token)
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """The bases of the module docstring, from the statistics of one batch; the balance of keys against values

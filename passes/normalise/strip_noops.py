@@ -1,5 +1,6 @@
-"""Remove operators that return their input: full slices, detach, dropout in inference, casts to the same dtype, reshapes
-and expansions to the same shape.
+"""Remove operators that return their input.
+
+Full slices, detach, dropout in inference, casts to the same dtype, reshapes and expansions to the same shape.
 """
 
 from __future__ import annotations
