@@ -12,8 +12,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from linearize.calibration.data import checked_batches, split_rows
+from linearize.calibration.keys import tokens_key
 from linearize.calibration.samples import sample_teacher
-from linearize.calibration.scores import site_scores, tokens_key
+from linearize.calibration.scores import site_scores
 from linearize.capture.torch_export import capture
 from linearize.errors import RewriteError
 from linearize.passes.calibrate import CalibrateOutputs
@@ -41,6 +42,7 @@ def compile(
     tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoints: str | Path | None = None,
 ) -> LinearizedModel:
     """Replace a decoder-only model's softmax attention by mixers with a fixed-size state.
 
@@ -53,6 +55,8 @@ def compile(
         tokens: how many tokens to fit on; None takes the recipe's number, 0 leaves the mixers at their start.
         seed: of samples and of the fit; the same numbers on the same machine.
         progress: draw progress bars on stderr.
+        checkpoints: a folder in which fitted sites are kept, so that the same call goes on after an interruption and
+            ends the same; it is made when there is something to keep, and yours to remove.
 
     Returns:
         A LinearizedModel; sites that could not be matched are in its `report.refused`, left as they were.
@@ -73,7 +77,7 @@ def compile(
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     check_state_threading(student)
     report = start_report(student, plan, seed)
-    fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report)
+    fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report, checkpoints)
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)

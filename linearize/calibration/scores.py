@@ -11,7 +11,6 @@ XDG_CACHE_HOME/linearize, else ~/.cache/linearize.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,18 +20,18 @@ import torch
 from torch import Tensor, fx
 
 from linearize.calibration.fit import output_error
+from linearize.calibration.keys import hash_of, model_key
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import ArtifactError, RecipeError
 from linearize.files import write_atomically
 from linearize.mixers import Mixer, build_mixer, mixer_class
-from linearize.program import Program, program_text
+from linearize.program import Program
 from linearize.progress import Progress
 from linearize.recipe import Score
 from linearize.rewriting.walk import cone, descendants, is_op, shape_of
 from linearize.spec import Site
 
 aten = torch.ops.aten
-SAMPLES = 256  # numbers of a parameter that enter the model's hash, beside its sum
 
 
 def site_scores(
@@ -46,8 +45,8 @@ def site_scores(
     """
     if teacher.device.type == "meta":
         raise RecipeError(f"{wanted[0].name} cannot be measured: the model has no weights; list the layers instead")
-    model = _model_key(teacher)
-    files = {score.name: _folder() / f"{_hash(model, data_key, score.name)}.json" for score in wanted}
+    model = model_key(teacher)
+    files = {score.name: _folder() / f"{hash_of(model, data_key, score.name)}.json" for score in wanted}
     found = {name: values for name, file in files.items() if (values := _read(file)) is not None}
     missing = [score for score in wanted if score.name not in found]
     for name, values in (_measure(teacher, data(), missing, progress) if missing else {}).items():
@@ -127,26 +126,6 @@ def residual_nodes(program: Program, site: Site) -> tuple[fx.Node, fx.Node]:
         if others[0] in earlier and added is not None:
             return others[0], added
     raise RecipeError(f"site {site.index} ({site.module}): no residual stream around it, so it has no similarity")
-
-
-def tokens_key(batches: list[Tensor]) -> str:
-    """A hash of token ids."""
-    return _hash(*(f"{list(batch.shape)} {batch.cpu().numpy().tobytes().hex()}" for batch in batches))
-
-
-def _hash(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
-
-
-def _model_key(teacher: Program) -> str:
-    """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers."""
-    digest = hashlib.sha256(f"1 {teacher.model_name}\n{program_text(teacher)}".encode())
-    for name, parameter in sorted(teacher.module.named_parameters()):
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLES)].double()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {flat.double().sum().item()}".encode())
-        digest.update(some.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _folder() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +46,8 @@ def compile_model(
 ) -> None:
     """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.
 
-    DIR holds weights, graph, plan, report and the tokenizer. It appears complete or not at all.
+    DIR holds weights, graph, plan, report and the tokenizer. It appears complete or not at all. While fitting, finished
+    layers are kept in DIR.fitting: after an interruption the same command goes on from them.
     """
     from linearize.files import check_new_directory
 
@@ -63,12 +66,31 @@ def compile_model(
     started = time.perf_counter()
     if not quiet:
         say(f"compiling {type(source).__name__} with recipe {recipe}")
-    compiled = linearize.compile(
-        source, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed, progress=not quiet
-    )
-    compiled.save_pretrained(output)
+    with kept_beside(output, quiet) as folder:
+        compiled = linearize.compile(
+            source, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed, progress=not quiet,
+            checkpoints=folder,
+        )  # fmt: skip
+        compiled.save_pretrained(output)
     if not quiet:
         print_report(compiled, output, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
+    """The folder for finished layers: removed when all went well, named to the user when it did not."""
+    from linearize.calibration.checkpoints import forget
+
+    folder = output.absolute().with_name(f"{output.absolute().name}.fitting")
+    if folder.is_dir() and not quiet:
+        say(f"going on from what an earlier run left in {folder.name}")
+    try:
+        yield folder
+    except BaseException:
+        if folder.is_dir():
+            say(f"finished layers are kept in {folder}; the same command goes on from them")
+        raise
+    forget(folder)
 
 
 def print_report(compiled: LinearizedModel, output: Path, seconds: float) -> None:

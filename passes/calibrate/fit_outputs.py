@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.data import checked_batches, held_out_split, split_rows
 from linearize.calibration.fit import fit_mixer
+from linearize.calibration.keys import hash_of, model_key, tokens_key
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.teacher import TeacherStream
 from linearize.calibration.threads import threads_for
@@ -27,7 +31,8 @@ class CalibrateOutputs:
     """Sites are independent: each is fed the teacher's inputs, so their order and number do not matter.
 
     Every eighth batch is held out; the errors in the report are measured on it alone. `tokens` = 0 leaves all mixers
-    at their start and measures nothing.
+    at their start and measures nothing. With `folder`, what is fitted is kept there site by site, and found
+    again by the same call.
     """
 
     teacher: Program
@@ -37,6 +42,7 @@ class CalibrateOutputs:
     seed: int
     progress: bool
     report: Report
+    folder: str | Path | None = None
 
     name: ClassVar[str] = "calibrate_outputs"
     stage: ClassVar[Stage] = Stage.CALIBRATE
@@ -53,24 +59,42 @@ class CalibrateOutputs:
 
     def _run(self, mixers: dict[int, Mixer], budget: int, longest: int | None) -> None:
         progress = Progress(self.progress)
-        train, held = held_out_split(self._batches(budget, longest, progress))
+        given = self._given(budget, longest)
+        kept = self._checkpoints(mixers, given, budget)
+        batches = given if given is not None else kept.samples(lambda: self._drawn(budget, progress))
+        train, held = held_out_split(split_rows(batches, self.fit.batch))
         self.report.tokens_fitted = sum(batch.numel() for batch in train) * self.fit.passes
         self.report.tokens_held_out = sum(batch.numel() for batch in held)
-        self._fit_all(train, held, mixers, progress)
+        self._fit_all(train, held, mixers, kept, progress)
 
-    def _batches(self, budget: int, longest: int | None, progress: Progress) -> list[Tensor]:
-        if self.calibration is not None:
-            self.report.data = "given token ids"
-            batches = checked_batches(self.calibration, self.teacher.vocab_size, budget, longest)
-        else:
-            self.report.data = "the teacher's own samples"
-            batches = sample_teacher(self.teacher, budget, self.fit.length, self.seed, progress)
-        return split_rows(batches, self.fit.batch)
+    def _given(self, budget: int, longest: int | None) -> list[Tensor] | None:
+        self.report.data = "the teacher's own samples" if self.calibration is None else "given token ids"
+        if self.calibration is None:
+            return None
+        return checked_batches(self.calibration, self.teacher.vocab_size, budget, longest)
 
-    def _fit_all(self, train: list[Tensor], held: list[Tensor], mixers: dict[int, Mixer], progress: Progress) -> None:
+    def _drawn(self, budget: int, progress: Progress) -> list[Tensor]:
+        return sample_teacher(self.teacher, budget, self.fit.length, self.seed, progress)
+
+    def _checkpoints(self, mixers: dict[int, Mixer], given: list[Tensor] | None, budget: int) -> Checkpoints:
+        """Kept under all that the result depends on."""
+        if self.folder is None:
+            return Checkpoints(None, "")
+        plan = [f"{index} {mixer.name} {sorted(mixer.options.items())}" for index, mixer in mixers.items()]
+        data = tokens_key(given) if given is not None else f"own samples: {budget}"
+        how = [self.fit.model_dump_json(), data, f"seed {self.seed}", f"torch {torch.__version__}"]
+        key = hash_of(model_key(self.teacher), *plan, *how)
+        return Checkpoints(self.folder, key)
+
+    def _fit_all(
+        self, train: list[Tensor], held: list[Tensor], mixers: dict[int, Mixer], kept: Checkpoints, progress: Progress
+    ) -> None:
         sites = self.teacher.matched
         streams = TeacherStream(self.teacher, train), TeacherStream(self.teacher, held)
         rows = {row.site: row for row in self.report.sites}
         walks = zip(streams[0].walk(sites), streams[1].walk(sites), strict=True)
         for site, _ in progress.track(walks, "fitting sites", total=len(sites)):
-            fit_mixer(mixers[site.index], *streams, site, self.fit, rows[site.index], progress)
+            mixer, row = mixers[site.index], rows[site.index]
+            if not kept.restore(mixer, row):
+                fit_mixer(mixer, *streams, site, self.fit, row, progress)
+                kept.keep(mixer, row)

@@ -55,6 +55,28 @@ def test_it_follows_an_edited_plan(run: Run, plain_module: Path) -> None:
     assert linearize.load("out").plan.entries[0].label() == "window{window=5}"
 
 
+def test_an_interrupted_fit_is_gone_on_from_by_the_same_command(
+    run: Run, plain_module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compile", "plain_model_of_a_user:make", "-o", "out", "--recipe", "lolcats{window=4}", "--tokens", 256)
+    with monkeypatch.context() as patch:
+        patch.setattr(linearize.runtime.model.LinearizedModel, "save_pretrained", interrupted)
+        stopped = run(*command)
+    assert stopped.exit_code == 130
+    assert "finished layers are kept in" in stopped.stderr
+    assert (plain_module / "out.fitting").is_dir()
+    assert not (plain_module / "out").exists()
+    done = run(*command)
+    assert done.exit_code == 0, done.output
+    assert "going on from what an earlier run left in out.fitting" in done.stderr
+    assert not (plain_module / "out.fitting").exists()
+    assert linearize.load("out").report.sites[0].error_fitted is not None
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 # ---- refused before any work: the model named here does not exist ----------------------------------------------------
 
 

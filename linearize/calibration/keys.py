@@ -1,0 +1,32 @@
+"""Hashes by which measured and fitted things are found again: of a model, of token ids, of anything said in text."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import Tensor
+
+from linearize.program import Program, program_text
+
+SAMPLES = 256  # numbers of a parameter that enter the model's hash, beside its sum
+
+
+def hash_of(*texts: str) -> str:
+    """32 hex digits."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
+
+
+def tokens_key(batches: list[Tensor]) -> str:
+    """A hash of token ids and of how they are batched."""
+    return hash_of(*(f"{list(batch.shape)} {batch.cpu().numpy().tobytes().hex()}" for batch in batches))
+
+
+def model_key(program: Program) -> str:
+    """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers."""
+    digest = hashlib.sha256(f"1 {program.model_name}\n{program_text(program)}".encode())
+    for name, parameter in sorted(program.module.named_parameters()):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLES)].double()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {flat.double().sum().item()}".encode())
+        digest.update(some.cpu().numpy().tobytes())
+    return digest.hexdigest()
