@@ -23,7 +23,7 @@ FOLDER_OF_PACKAGE = {
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
-VOCABULARY = {"spec", "errors", "files", "progress", "_callable", "_autoload"}
+VOCABULARY = {"spec", "errors", "files", "progress", "svg", "_callable", "_autoload"}
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
@@ -38,6 +38,7 @@ ALLOWED = {
     "errors": VOCABULARY,
     "files": VOCABULARY,
     "progress": VOCABULARY,
+    "svg": VOCABULARY,
     "_callable": VOCABULARY,
     "_autoload": VOCABULARY,
     "ops": OPERATORS,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli._shell import Shell
+from linearize.cli.bench import bench
 from linearize.cli.compile import compile_model
 from linearize.cli.demo import demo
 from linearize.cli.doctor import doctor
@@ -48,6 +49,7 @@ app.command("demo")(demo)
 app.command("inspect")(inspect_model)
 app.command("compile")(compile_model)
 app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("export")(export_model)
 app.command("recipes")(recipes)
 app.command("doctor")(doctor)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from linearize.runtime.state import State
 
 PREFILL_PIECE = 2048
+ASK_DEVICE_EVERY = 16
 LOGITS_OF_A_PIECE = 2**25  # 128 MiB of float32: with a large vocabulary they are what a piece costs
 
 
@@ -45,39 +46,56 @@ class Sampling:
             raise DataError(f"top_p must be in (0, 1] and top_k at least 0, not {self.top_p} and {self.top_k}")
 
 
-def generate(model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
+def generate(
+    model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampling: Sampling, state: State | None = None
+) -> Tensor:
     """int64 [B, T] -> int64 [B, T + n], n <= max_new_tokens (fewer when every row ended). No gradients."""
     if max_new_tokens < 0:
         raise DataError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     check_tokens(input_ids, model.vocab_size)
-    rows = [input_ids.to(model.device)]
-    for tokens in stream(model, input_ids, max_new_tokens, sampling):
-        rows.append(tokens[:, None])
+    columns = []
+    for tokens in stream(model, input_ids, max_new_tokens, sampling, state):
+        columns.append(tokens)
         if sampling.streamer is not None:
             sampling.streamer(tokens)
-    return torch.cat(rows, dim=1)
+    new = torch.stack(columns, dim=1) if columns else input_ids.new_empty(input_ids.shape[0], 0)
+    return torch.cat([input_ids.to(model.device), until_all_ended(new, sampling.eos_token_id)], dim=1)
 
 
-def stream(model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
-    """The next tokens int64 [B], one step at a time."""
+def until_all_ended(new: Tensor, end: int | None) -> Tensor:
+    """The columns of int64 [B, n] up to the one in which the last row ended."""
+    if end is None or new.shape[1] == 0:
+        return new
+    open_rows = (new == end).cumsum(1) == 0  # before the end, row by row
+    return new[:, : int(open_rows.any(0).sum()) + 1]
+
+
+def stream(
+    model: LinearizedModel, input_ids: Tensor, max_new_tokens: int, sampling: Sampling, state: State | None = None
+) -> Iterator[Tensor]:
+    """The next tokens int64 [B], one step at a time.
+
+    Steps are queued without waiting for the device; whether all rows have ended is asked of it every
+    `ASK_DEVICE_EVERY` tokens only, so up to so many columns of end tokens may follow.
+    """
     if max_new_tokens == 0:
         return
     generator = None
     if sampling.seed is not None:
         generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
+    every = 1 if model.device.type == "cpu" else ASK_DEVICE_EVERY
     with torch.no_grad():
-        logits, state = prefill(model, input_ids, sampling.attention_mask)
+        logits, state = prefill(model, input_ids, sampling.attention_mask, state=state)
         finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=model.device)
-        for count in range(max_new_tokens):
+        for count in range(1, max_new_tokens + 1):
             tokens = choose(logits, sampling, generator)
             if sampling.eos_token_id is not None:
                 tokens = torch.where(finished, sampling.eos_token_id, tokens)
                 finished = finished | (tokens == sampling.eos_token_id)
             yield tokens
-            if count + 1 == max_new_tokens or bool(finished.all()):
+            if count == max_new_tokens or (count % every == 0 and bool(finished.all())):
                 return
-            step_logits, state = model.step(tokens[:, None], state)
-            logits = step_logits[:, -1]
+            logits, state = model.decode(tokens, state)
 
 
 def prompt_pieces(length: int, batch: int, vocab_size: int | None, piece: int | None = None) -> list[slice]:

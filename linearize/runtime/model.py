@@ -13,8 +13,9 @@ from linearize.errors import ArtifactError
 from linearize.plan import Plan
 from linearize.program import Program, StateTensor
 from linearize.report import Report
+from linearize.runtime.compiled_step import CompiledStep
 from linearize.runtime.engine import Engine
-from linearize.runtime.generate import Sampling, generate
+from linearize.runtime.generate import Sampling, generate, prefill
 from linearize.runtime.state import State
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class LinearizedModel(nn.Module):
         self.program, self.source, self.plan, self.report = program, source, plan, report
         self.files = files
         self.engine = Engine(program)
+        self.compiled_step: CompiledStep | None = None
 
     @property
     def state_specs(self) -> tuple[StateTensor, ...]:
@@ -99,20 +101,51 @@ class LinearizedModel(nn.Module):
                 an attention was left as it was, so that the graph has no memory of it.
             DataError: as `forward`.
         """
-        return self.engine.step(self.graph_module, self.device, input_ids, state, attention_mask)
+        return self.engine.step(self._run, self.device, input_ids, state, attention_mask)
+
+    def compile_step(self) -> LinearizedModel:
+        """Have inductor compile the decode step once per batch size, at the first step of that size (some seconds, kept
+        in torch's cache on disk), as a CUDA graph on a GPU. Tokens stay the same. Where it cannot be compiled steps run
+        as before and `compiled_step.reason` says why."""
+        self.compiled_step = CompiledStep(self.graph_module, self.engine.grows)
+        return self
+
+    def _run(self, *inputs: Tensor) -> Any:
+        return self.graph_module(*inputs) if self.compiled_step is None else self.compiled_step(*inputs)
+
+    def decode(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One further token a row, int64 [B] -> (logits [B, V], the new state), without checking that the ids are in
+        the vocabulary: nothing waits for the device."""
+        logits, state = self.engine.advance(self._run, tokens.unsqueeze(1), state)
+        return logits[:, -1], state
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """A prompt int64 [B, T] of any length, in pieces, so that its memory does not grow with it; behind what `state`
+        has seen. Returns (logits [B, V] after the last token, the state): keep the state to fork the prompt."""
+        return prefill(self, input_ids, attention_mask, state=state)
+
+    def load_state(self, path: str | Path) -> State:
+        """What `State.save` wrote. Raises StateError where it is not of this model."""
+        return State.load(path, self.state_specs, self.device)
 
     def state_bytes(self, batch: int = 1, context: int = 0) -> int:
         """Bytes of the state for `batch` rows. `context` matters only where softmax layers were kept, whose cache
         grows with the tokens seen; without them the number is the same at any context."""
         return sum(spec.bytes(batch, context) for spec in self.state_specs)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 20, **options: Any) -> Tensor:
-        """Continue each row of int64 [B, T]; see `linearize.runtime.generate.generate` for the options.
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 20, *, state: State | None = None, **options: Any
+    ) -> Tensor:
+        """Continue each row of int64 [B, T]; see `linearize.runtime.generate.Sampling` for the options. With a `state`
+        the tokens are those that come after what it has seen.
 
         Returns:
             int64 [B, T + new]: prompt and continuation. Rows that ended are filled with the end token.
         """
-        return generate(self, input_ids, max_new_tokens, Sampling(**options))
+        return generate(self, input_ids, max_new_tokens, Sampling(**options), state)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write weights (safetensors), graph and plan (JSON), and the source's tokenizer files to a new directory.
