@@ -60,8 +60,9 @@ ALLOWED = {
     "calibration": SERVICES,
     "runtime": SERVICES,
     "huggingface": SERVICES | {"api", "huggingface"},
+    "serving": SERVICES | {"serving"},
     "api": SERVICES | {"api", "passes.calibrate"},
-    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate"},
+    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate", "serving"},
     "root": VOCABULARY,
 }
 
@@ -74,6 +75,8 @@ LAZY = {
 
 # third-party package: the modules that may import it, wherever in the file the import stands.
 CONFINED = {
+    "starlette": ["linearize.serving", "linearize.serving.*"],
+    "uvicorn": ["linearize.cli.serve"],
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
     "onnx": ["linearize.export", "linearize.export.*"],

@@ -15,6 +15,7 @@ from linearize.cli.export import export_model
 from linearize.cli.generate import generate
 from linearize.cli.inspect import inspect_model
 from linearize.cli.recipes import recipes
+from linearize.cli.serve import serve
 
 app = typer.Typer(
     name="linearize",
@@ -50,6 +51,7 @@ app.command("inspect")(inspect_model)
 app.command("compile")(compile_model)
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("serve")(serve)
 app.command("export")(export_model)
 app.command("recipes")(recipes)
 app.command("doctor")(doctor)
