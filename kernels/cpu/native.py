@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.ops._library import OperatorError
+
 FLAGS = (
     "-O3",
     "-march=native",
@@ -90,5 +92,17 @@ def run(function: Any, tensors: Sequence[Tensor | None], sizes: Sequence[int], r
 
 
 def plain(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as C reads it: float32 and contiguous."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    """The tensor as C reads it: contiguous, floats as float32."""
+    if tensor is None:
+        return None
+    if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+        tensor = tensor.to(torch.float32)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def expect(operator: str, given: Sequence[tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Raise `OperatorError` unless every tensor that is there has its shape: C looks at pointers alone."""
+    for place, (tensor, shape) in enumerate(given):
+        if tensor is not None and tensor.shape != shape:
+            found = f"argument {place + 1} has shape {list(tensor.shape)}"
+            raise OperatorError(f"linearize::{operator}: {found}, where the others make it {list(shape)}")

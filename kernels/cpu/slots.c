@@ -11,8 +11,8 @@ static void pair(float *x, const float *k, const float *v, int64_t count, int64_
     }
 }
 
-/* t: q k v mask before ring_k ring_v slot_k slot_v slot_n, out: o ring_k ring_v slot_k slot_v slot_n, then items
-      [C+w,d+V], counts [C+w], scratch, numbers.  n: B H G d V w C sinks rounds sizes...  r: scale, decay */
+/* t: q k v mask before ring_k ring_v slot_k slot_v slot_n, out: o ring_k ring_v slot_k slot_v slot_n, scratch
+      [(C+w)(2d+V+4)], numbers [2(C+w)].  n: B H G d V w C sinks rounds sizes...  r: scale, decay */
 void slots_step(void **t, const int64_t *n, const double *r) {
     int64_t B = n[0], H = n[1], G = n[2], d = n[3], V = n[4], w = n[5], C = n[6], R = H / G, columns = 2 * w;
     for (int64_t b = 0; b < B; b++) {
@@ -59,7 +59,7 @@ void slots_step(void **t, const int64_t *n, const double *r) {
                 }
                 continue;
             }
-            float *x = F(16), *counts = F(17);
+            float *x = F(16), *counts = x + (C + w) * (d + V), *rest = counts + C + w;
             pair(x, slot_k, slot_v, C, d, V);
             for (int64_t c = 0; c < C; c++) counts[c] = slot_n[c] * (c < n[7] ? 1.0f : (float)r[1]);
             for (int64_t i = 0; i < w; i++) {
@@ -67,7 +67,7 @@ void slots_step(void **t, const int64_t *n, const double *r) {
                 pair(x + (C + i) * (d + V), ring_k + from * d, ring_v + from * V, 1, d, V);
                 counts[C + i] = 1.0f;
             }
-            merge_full(x, counts, 1, C + w, d + V, d, n + 9, n[8], n[7], F(18), I(19));
+            merge_full(x, counts, 1, C + w, d + V, d, n + 9, n[8], n[7], rest, I(17));
             for (int64_t c = 0; c < C; c++) {
                 memcpy(new_k + c * d, x + c * (d + V), (size_t)d * sizeof(float));
                 memcpy(new_v + c * V, x + c * (d + V) + d, (size_t)V * sizeof(float));

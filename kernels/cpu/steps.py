@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from linearize.kernels.cpu.native import library, missing, plain, run
+from linearize.kernels.cpu.native import expect, library, missing, plain, run
 from linearize.kernels.registry import Kernel, register
 from linearize.ops._library import require
 from linearize.ops.delta import NORM_EPSILON
@@ -37,6 +37,8 @@ def gla_vec_step(
 
 def _gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, index: Tensor | None, scale: float) -> Tensor:
     o = torch.empty(*q.shape[:3], v.shape[3])
+    gates = (q.shape[0], 1, s.shape[1]) if g is None or g.ndim == 3 else (q.shape[0], 1, *s.shape[1:3])
+    expect("gla_step", (*shapes(q, k, v, s), (g, gates)))
     tensors = (plain(q), plain(k), plain(v), plain(g), s, within(index, s.shape[0]), o)
     sizes = (q.shape[0], q.shape[2], k.shape[2], *s.shape[1:], 0 if g is None else g.ndim - 3)
     run(library("steps").gla_step, tensors, sizes, (scale,))  # type: ignore[union-attr]
@@ -58,6 +60,7 @@ def delta_step(
     """See `linearize.ops.steps`."""
     check_delta_step(q, k, v, beta, g, s, index)
     o = torch.empty(*q.shape[:3], v.shape[3])
+    expect("delta_step", (*shapes(q, k, v, s), (beta, (q.shape[0], 1, s.shape[1])), (g, (q.shape[0], 1, s.shape[1]))))
     tensors = (plain(q), plain(k), plain(v), plain(beta), plain(g), s, within(index, s.shape[0]), o)
     sizes = (q.shape[0], q.shape[2], k.shape[2], *s.shape[1:], int(l2norm))
     run(library("steps").delta_step, tensors, sizes, (scale, NORM_EPSILON))  # type: ignore[union-attr]
@@ -88,6 +91,20 @@ def hybrid_step(
     """See `linearize.ops.hybrid_step`."""
     check_hybrid_step(q, k, v, fq, fk, pos, ring_k, ring_v, ring_f, s, z, sink_k, sink_v, index, window)
     o = torch.empty(*q.shape[:3], v.shape[3])
+    (batch, _, heads, dim), (kv_heads, width), rows = q.shape, v.shape[2:], ring_k.shape[0]
+    sinks, features = 0 if sink_k is None else sink_k.shape[1], 0 if fk is None else fk.shape[3]
+    logits, line, kept = 0 if sink_logits is None else sink_logits.shape[1], (rows, 2 * window), (rows, kv_heads)
+    expect(
+        "hybrid_step",
+        (
+            (q, (batch, 1, heads, dim)), (k, (batch, 1, kv_heads, dim)), (v, (batch, 1, kv_heads, width)),
+            (fq, (batch, 1, heads, features)), (fk, (batch, 1, kv_heads, features)), (pos, (batch,)),
+            (ring_k, (*line, kv_heads, dim)), (ring_v, (*line, kv_heads, width)), (ring_f, (*line, kv_heads, features)),
+            (s, (*kept, features, width)), (z, (*kept, features)), (mix, (heads,)),
+            (sink_k, (rows, sinks, kv_heads, dim)), (sink_v, (rows, sinks, kv_heads, width)),
+            (sink_logits, (heads, logits)),
+        ),
+    )  # fmt: skip
     new = [plain(x) for x in (q, k, v, fq, fk)]
     pools = (
         ring_k,
@@ -102,11 +119,19 @@ def hybrid_step(
         within(index, ring_k.shape[0]),
         o,
     )
-    counts = (0 if fk is None else fk.shape[3], window, 0 if sink_k is None else sink_k.shape[1])
-    sizes = (q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], *counts)
-    logits = 0 if sink_logits is None else sink_logits.shape[1]
-    run(library("hybrid").hybrid_step, (*new, within(pos, sys.maxsize), *pools), (*sizes, logits), (scale,))  # type: ignore[union-attr]
+    sizes = (batch, heads, kv_heads, dim, width, features, window, sinks, logits)
+    run(library("hybrid").hybrid_step, (*new, within(pos, sys.maxsize), *pools), sizes, (scale,))  # type: ignore[union-attr]
     return o.to(q.dtype)
+
+
+def shapes(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[tuple[Tensor, tuple[int, ...]], ...]:
+    """What q, k, v and the pool must be: the operator's own check compares heads and lengths alone."""
+    batch, _, kv_heads, key_dim = k.shape
+    return (
+        (q, (batch, 1, q.shape[2], key_dim)),
+        (v, (batch, 1, kv_heads, v.shape[3])),
+        (s, (s.shape[0], s.shape[1], key_dim, v.shape[3])),
+    )
 
 
 def within(index: Tensor | None, rows: int) -> Tensor | None:

@@ -65,14 +65,9 @@ class TwoBranches(Mixer):
 
     def _near(self, x: dict[str, Tensor], ring: tuple[Tensor, ...]) -> Far:
         assert self.line is not None
-        line = self.line.push(x["key"], x["value"], x["mask"], x["positions"], ring)
-        sink_k, sink_v, sink_mask = line.sinks
-        near, _, _ = torch.ops.linearize.hybrid_chunk.default(
-            x["query"], line.key, line.value, line.mask,
-            sink_k=sink_k, sink_v=sink_v, sink_mask=sink_mask,
-            window=self.line.window, scale=self.spec.scale,
-        )  # fmt: skip
-        return near, line.state
+        tokens = (x["query"], x["key"], x["value"], x["mask"], x["positions"])
+        near, line, _, _ = self.line.attend(tokens, ring)
+        return near, line
 
     def working(self, x: Tensor) -> Tensor:
         """In the dtype of the mixer's own parameters (float32)."""

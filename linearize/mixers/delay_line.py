@@ -43,6 +43,26 @@ class DelayLine(nn.Module):
         )
         return ring + sinks if self.sinks else ring
 
+    def attend(
+        self,
+        tokens: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        far: tuple[Tensor | None, ...] = (None, None, None),
+        sink_logits: Tensor | None = None,
+        held: tuple[Tensor | None, ...] = (None, None),
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        """`tokens` are query [B,T,H,d], key, value, mask and positions as in `push`.
+
+        Softmax over the window and the sinks, with a Hedgehog far field where `far` = (query_map, key_map, omega)
+        and `held` = (s, z) are given, all in one operator: (o [B,T,H,dv], the new state, new s, new z)."""
+        sinks = state[3:5] if self.sinks else (None, None)
+        o, ring_k, ring_v, ring_mask, sink_k, sink_v, s, z = torch.ops.linearize.hybrid_ring.default(
+            *tokens, *state[:3], *sinks, *far, sink_logits, *held,
+            window=self.window, scale=self.spec.scale,
+        )  # fmt: skip
+        ring = (ring_k, ring_v, ring_mask)
+        return o, (*ring, sink_k, sink_v) if self.sinks else ring, s, z
+
     def push(self, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor, state: tuple[Tensor, ...]) -> Line:
         """Append key [B,T,G,d], value [B,T,G,dv], mask bool [B,T] with ranks positions int64 [B,T]."""
         ring_k, ring_v, ring_mask = state[:3]

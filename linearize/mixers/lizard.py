@@ -88,12 +88,9 @@ class Lizard(Mixer):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor, ring: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Ya [B,T,H,dv] and the new ring."""
-        line = self.line.push(tokens_first(key), tokens_first(value), mask, positions, ring)
-        near, _, _ = torch.ops.linearize.hybrid_chunk.default(
-            tokens_first(query), line.key, line.value, line.mask,
-            sink_logits=self.sink_logits, window=self.line.window, scale=self.spec.scale,
-        )  # fmt: skip
-        return near, line.state
+        tokens = (tokens_first(query), tokens_first(key), tokens_first(value), mask, positions)
+        near, line, _, _ = self.line.attend(tokens, ring, sink_logits=self.sink_logits)
+        return near, line
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """alpha_h and beta_h by least squares, given the two branches."""

@@ -59,15 +59,10 @@ class Lolcats(Mixer):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
-        line = self.line.push(tokens_first(key), tokens_first(value), mask, positions, state[:-2])
-        sink_k, sink_v, sink_mask = line.sinks
-        o, s, z = torch.ops.linearize.hybrid_chunk.default(
-            tokens_first(query), line.key, line.value, line.mask,
-            hedgehog(tokens_first(query), self.query_map), hedgehog(line.leaving_keys(), self.key_map),
-            torch.exp(self.omega), sink_k, sink_v, sink_mask, None, state[-2], state[-1],
-            window=self.line.window, scale=self.spec.scale,
-        )  # fmt: skip
-        return (tokens_first(o), *line.state, s, z)
+        tokens = (tokens_first(query), tokens_first(key), tokens_first(value), mask, positions)
+        far = (self.query_map, self.key_map, self.omega)
+        o, line, s, z = self.line.attend(tokens, state[:-2], far, held=state[-2:])
+        return (tokens_first(o), *line, s, z)
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """Choose by output MSE, without gradients: the maps of each kv head among the identity at several sharpnesses
@@ -101,12 +96,6 @@ class Lolcats(Mixer):
         """Summed squared error of each head [H] with one omega for all."""
         self.omega.fill_(omega)
         return (self.run(inputs) - target).float().square().sum(dim=(0, 2, 3))
-
-
-def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    """[B,T,heads,d], [heads,d,f] -> [B,T,heads,2f]: positive features that sum to 2 (Zhang et al. 2024, Hedgehog)."""
-    projected = torch.einsum("bthd,hdf->bthf", x.to(weight.dtype), weight)
-    return torch.cat([torch.softmax(projected, dim=-1), torch.softmax(-projected, dim=-1)], dim=-1)
 
 
 def start_map(heads: int, dim: int, features: int) -> Tensor:

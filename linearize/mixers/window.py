@@ -9,7 +9,6 @@ T <= window + sinks.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from linearize.mixers.base import Mixer, register_mixer, tokens_first
@@ -35,11 +34,6 @@ class Window(Mixer):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
-        line = self.line.push(tokens_first(key), tokens_first(value), mask, positions, state)
-        sink_k, sink_v, sink_mask = line.sinks
-        o, _, _ = torch.ops.linearize.hybrid_chunk.default(
-            tokens_first(query), line.key, line.value, line.mask,
-            sink_k=sink_k, sink_v=sink_v, sink_mask=sink_mask,
-            window=self.line.window, scale=self.spec.scale,
-        )  # fmt: skip
-        return (tokens_first(o), *line.state)
+        tokens = (tokens_first(query), tokens_first(key), tokens_first(value), mask, positions)
+        o, line, _, _ = self.line.attend(tokens, state)
+        return (tokens_first(o), *line)

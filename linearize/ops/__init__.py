@@ -6,6 +6,7 @@ from linearize.ops.delta import delta_chunk
 from linearize.ops.gla import gla_chunk
 from linearize.ops.gla_vec import gla_vec_chunk
 from linearize.ops.hybrid import hybrid_chunk
+from linearize.ops.hybrid_ring import hybrid_ring
 from linearize.ops.hybrid_step import hybrid_step
 from linearize.ops.mla_decode import mla_decode
 from linearize.ops.slots import slots_chunk
@@ -26,6 +27,7 @@ __all__ = [
     "gla_vec_chunk",
     "gla_vec_step",
     "hybrid_chunk",
+    "hybrid_ring",
     "hybrid_step",
     "mla_decode",
     "slots_block",

@@ -73,7 +73,7 @@ def test_stage_prints_the_program_after_a_pass_or_a_stage(run: Run, plain_module
     assert "linearize.attention(" in by_pass.stdout
     assert "# after raise_attention" in by_pass.stdout
     by_stage = run("inspect", "plain_model_of_a_user:make", "--recipe", "lolcats", "--stage", "lower")
-    assert "linearize.hybrid_chunk(" in by_stage.stdout
+    assert "linearize.hybrid_ring(" in by_stage.stdout
     assert "def Model(input_ids" in by_stage.stdout
 
 

@@ -20,6 +20,7 @@ from linearize.ops import (
     gla_vec_chunk,
     gla_vec_step,
     hybrid_chunk,
+    hybrid_ring,
     hybrid_step,
     mla_decode,
     slots_block,
@@ -96,6 +97,19 @@ class Window(nn.Module):
         return hybrid_chunk(q, line_k, line_v, mask, window=WINDOW, scale=0.5)
 
 
+class Ring(nn.Module):
+    """Window, sinks and Hedgehog features."""
+
+    def forward(self, x):
+        q, k, v = _heads(x)
+        rows = x.new_zeros(x.shape[0])
+        mask, positions = torch.ones(x.shape[:2], dtype=torch.bool), torch.arange(x.shape[1]).expand(x.shape[:2])
+        ring, sinks = (rows[:, None, None, None].expand(-1, size, 2, 3).clone() for size in (WINDOW, 2))
+        state = (ring, ring, ring[..., 0, 0] > 0, sinks, sinks)
+        maps = torch.ones(4, 3, 2), torch.eye(3)[:, :2].expand(2, -1, -1), torch.zeros(4)
+        return hybrid_ring(q, k, v, mask, positions, *state, *maps, window=WINDOW, scale=0.5)
+
+
 class Slots(nn.Module):
     def forward(self, x):
         q, k, v = _heads(x)
@@ -158,6 +172,7 @@ MODULES = {
     "plain_delta": PlainDelta,
     "hybrid": Hybrid,
     "window": Window,
+    "ring": Ring,
     "slots": Slots,
     "slots_block": Block,
     "slots_merge": Merge,
@@ -199,7 +214,7 @@ def test_the_decomposition_equals_the_operator_under_export(name):
     for batch, length in ((1, 1), (2, 9), (3, 70)):
         x = torch.randn(batch, length, 12)
         for found, expected in zip(tree_leaves(program.module()(x)), tree_leaves(MODULES[name]()(x)), strict=True):
-            largest = expected.abs().max().item() if expected.numel() else 0.0
+            largest = expected.double().abs().max().item() if expected.numel() else 0.0
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, largest))
 
 
@@ -226,6 +241,10 @@ def samples():
     ring, slots = torch.zeros(2, 4, 2, 3), torch.zeros(2, 2, 4, 3)
     started = torch.rand(2, 5) > 0.3, torch.zeros(2, dtype=torch.int64), ring, ring.clone(), slots, slots.clone()
     merged = torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3), torch.rand(2, 2, 4) + 0.5
+    ranks = torch.arange(5).expand(2, -1).contiguous()
+    ring_state = line[:, :WINDOW].clone(), line[:, :WINDOW] + 1, mask[:, :WINDOW].clone()
+    maps = torch.randn(4, 3, 2), torch.randn(2, 3, 2), torch.zeros(4), torch.randn(4, 1)
+    ring_rest = (*(x.clone() for x in sinks[:2]), *maps, torch.rand(2, 2, 4, 3), torch.rand(2, 2, 4))
     block = line[:, : WINDOW + 5], line[:, : WINDOW + 5].clone(), *merged
     softcapped = {"scale": 0.5, "softcap": 2.0, "window": 3}
     return {
@@ -239,6 +258,8 @@ def samples():
         "delta_full": (delta_chunk, (q, k, k.clone(), torch.rand(2, 5, 4), g.clone(), s0.clone()), {"l2norm": True}),
         "hybrid": (hybrid_chunk, (q, line, line.clone(), mask), hybrid),
         "hybrid_full": (hybrid_chunk, (q, line, line.clone(), mask, *features, *sinks, *state), hybrid),
+        "ring": (hybrid_ring, (q, k, k.clone(), mask[:, :5], ranks, *ring_state), hybrid),
+        "ring_full": (hybrid_ring, (q, k, k.clone(), mask[:, :5], ranks, *ring_state, *ring_rest), hybrid),
         "mla": (mla_decode, (q[:, 0], k[:, :, 0]), {"rank": 2, "scale": 0.5}),
         "mla_lens": (mla_decode, (q[:, 0], k[:, :, 0], torch.tensor([5, 2])), {"rank": 2, "scale": 0.5}),
         "block": (slots_block, (q, *block), {"window": WINDOW, "scale": 0.5}),
