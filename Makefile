@@ -21,7 +21,7 @@ STAMP := $(ENV)/.linearize-setup-$(KEY)
 # The root holds a folder `kernels`, which is also the name of a third-party package: keep it off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test test-oldest lint typecheck bench bless docs clean
+.PHONY: help setup demo test test-oldest lint typecheck bench gpu bless docs clean
 
 help:  ## List the targets
 	@echo "linearize: make TARGET [VARIABLE=value ...]"
@@ -66,6 +66,10 @@ bench: setup  ## Run every benchmark in benchmarks/ and print its table (BENCH_A
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	[ $${#files[@]} -gt 0 ] || { echo "bench: no benchmarks/bench_*.py" >&2; exit 1; }; \
 	for file in "$${files[@]}"; do echo "== $$file"; "$(BIN)/python" "$$file" $(BENCH_ARGS); done
+
+gpu: setup  ## On a machine with a GPU: test its kernels, then measure them (BENCH_ARGS=--quick)
+	LINEARIZE_GPU=1 "$(BIN)/python" -m pytest -q tests/gpu $(PYTEST_ARGS)
+	"$(BIN)/python" benchmarks/bench_kernels_gpu.py --json docs/kernels_gpu.json $(BENCH_ARGS)
 
 bless: setup  ## Rewrite the golden files in tests/golden from what the code does now; review the diff
 	"$(BIN)/python" -m pytest --bless -q $(PYTEST_ARGS)
