@@ -50,7 +50,9 @@ def test_without_triton_plain_pytorch_runs_and_says_so(monkeypatch):
 
 
 def test_every_operator_has_an_implementation_on_a_gpu_that_is_linear_in_the_length():
-    for op in OPERATORS:
+    for op, operator in OPERATORS.items():
+        if operator.composed is not operator.reference:
+            continue  # it calls other operators of ours
         plain = [kernel for kernel in kernels_for(op, "cuda") if not kernel.name.startswith("triton.")]
         assert plain or op in REFERENCE_IS_ENOUGH, op
 
