@@ -11,6 +11,7 @@ from linearize.cli.bench import bench
 from linearize.cli.compile import compile_model
 from linearize.cli.demo import demo
 from linearize.cli.doctor import doctor
+from linearize.cli.evaluate import evaluate
 from linearize.cli.export import export_model
 from linearize.cli.generate import generate
 from linearize.cli.inspect import inspect_model
@@ -49,6 +50,7 @@ def root(
 app.command("demo")(demo)
 app.command("inspect")(inspect_model)
 app.command("compile")(compile_model)
+app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("serve")(serve)
