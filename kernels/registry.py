@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.ops import OPERATORS
@@ -43,8 +46,23 @@ class Kernel:
         return self.missing if isinstance(self.missing, str) else self.missing()
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One call as it ran: the operator, its first tensor's shape, the kernel, and who declined it with which reason."""
+
+    op: str
+    shape: tuple[int, ...]
+    kernel: str
+    declined: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        why = "".join(f"; not {name}: {reason}" for name, reason in self.declined)
+        return f"{self.op} {list(self.shape)}: {self.kernel}{why}"
+
+
 _KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {}
 _INSTALLED: set[tuple[str, str]] = set()
+_RECORDS: list[list[Choice]] = []
 
 
 def register(kernel: Kernel) -> Kernel:
@@ -91,14 +109,35 @@ def install() -> None:
             _INSTALLED.add((op, device))
 
 
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """The list that every call of an operator adds its `Choice` to while the block runs."""
+    record: list[Choice] = []
+    _RECORDS.append(record)
+    try:
+        yield record
+    finally:
+        _RECORDS.remove(record)
+
+
 def _dispatcher(op: str, device: str) -> Call:
     """The function behind an operator's dispatch key; short, since decoding calls it per layer and token."""
     key, reference = (op, device), OPERATORS[op].composed
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
+        if _RECORDS:
+            _record(op, device, args, kwargs)
         for kernel in _KERNELS[key]:
             if not kernel.lacks() and kernel.check(*args, **kwargs) is None:
                 return kernel.run(*args, **kwargs)
         return reference(*args, **kwargs)
 
     return dispatch
+
+
+def _record(op: str, device: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    kernel, declined = choose(op, device, args, kwargs)
+    shape = tuple(next((value.shape for value in args if isinstance(value, Tensor)), ()))
+    choice = Choice(op, shape, REFERENCE if kernel is None else kernel.name, tuple(declined))
+    for record in _RECORDS:
+        record.append(choice)

@@ -154,6 +154,9 @@ def finish(student: Program, plan: Plan, report: Report, files: dict[str, bytes]
     """Lower a rewritten and fitted program and wrap it."""
     lowered = run_pipeline(student, LOWER_PASSES)
     report.kernels = {node.name: node.meta["kernel"] for node in lowered.graph.nodes if "kernel" in node.meta}
+    report.declined = {
+        name: reason for node in lowered.graph.nodes for name, reason in node.meta.get("kernels_missing", ())
+    }
     report.seconds = {record.name: round(record.seconds, 3) for record in lowered.history}
     return LinearizedModel(lowered, student, plan, report, files).eval()
 

@@ -21,7 +21,11 @@ class SiteReport(BaseModel):
 
 
 class Report(BaseModel):
-    """Everything measured while compiling one model."""
+    """Everything measured while compiling one model.
+
+    `kernels`: for each operator node, the kernel that is asked first; `declined`: kernels of these operators that this
+    machine cannot use, and why. Which kernel a call took depends on its sizes: `linearize.kernels.recording` says.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,6 +38,7 @@ class Report(BaseModel):
     refused: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     kernels: dict[str, str] = Field(default_factory=dict)
+    declined: dict[str, str] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
 
     def mean_error(self, fitted: bool = True) -> float | None:

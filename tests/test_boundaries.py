@@ -78,6 +78,7 @@ CONFINED = {
     "starlette": ["linearize.serving", "linearize.serving.*"],
     "uvicorn": ["linearize.cli.serve"],
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
+    "fla": ["linearize.kernels.fla"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
     "onnx": ["linearize.export", "linearize.export.*"],
     "onnx_ir": ["linearize.export", "linearize.export.*"],
@@ -88,7 +89,7 @@ CONFINED = {
 # Folders of ours that only the install names: on sys.path by accident, never by intent.
 BARE_NAMES = {"passes", "kernels", "export"}
 
-NOT_BROUGHT_BY_IMPORT = {"triton", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers"}
+NOT_BROUGHT_BY_IMPORT = {"triton", "fla", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers"}
 
 # ---- the checker -----------------------------------------------------------------------------------------------------
 

@@ -55,3 +55,4 @@ def stamp_kernel(node: fx.Node, device: torch.device) -> None:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "linearize":
         rows = registry.explain(node.target._opname, device.type)
         node.meta["kernel"] = next((name for name, state in rows if state == "available"), registry.REFERENCE)
+        node.meta["kernels_missing"] = [(name, state) for name, state in rows if state != "available"]

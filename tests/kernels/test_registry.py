@@ -9,9 +9,10 @@ import torch
 
 import linearize.kernels
 from linearize.errors import LinearizeError
-from linearize.kernels import Kernel, choose, explain, install, kernels_for, register, registry
+from linearize.kernels import Kernel, choose, explain, install, kernels_for, recording, register, registry
 from linearize.kernels.cpu import GLA_STEP, GLA_STREAM
-from linearize.ops import OPERATORS, gla_chunk
+from linearize.ops import OPERATORS, gla_chunk, hybrid_ring
+from tests import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,7 @@ def test_explain_lists_the_kernels_and_the_reference_last():
     assert [name for name, _ in explain("gla_chunk", "cuda")] == [
         "triton.gla_one",
         "triton.gla_chunk",
+        "fla.chunk_simple_gla",
         "torch.gla_step",
         "torch.gla_stream",
         "reference",
@@ -109,6 +111,37 @@ def test_installing_twice_is_harmless():
 def test_a_kernel_for_nothing_known_is_refused(field, message):
     with pytest.raises(LinearizeError, match=message):
         register(replace(GLA_STREAM, **field))
+
+
+def test_a_recording_says_which_kernel_took_each_call_and_why_others_did_not():
+    register(answering(1, check=lambda *args, **kwargs: "only on Sundays"))
+    with recording() as calls:
+        gla_chunk(*arguments())
+        gla_chunk(*arguments(length=1))
+    gla_chunk(*arguments())
+    assert [str(call) for call in calls] == [
+        "gla_chunk [1, 3, 2, 4]: cpu.gla_stream; not test.1: only on Sundays; not cpu.gla_step: T is 3, not 1",
+        "gla_chunk [1, 1, 2, 4]: cpu.gla_step; not test.1: only on Sundays",
+    ]
+
+
+def test_an_operator_made_of_others_runs_their_kernels_where_none_claims_it():
+    x, ring = torch.randn(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with recording() as calls:
+        hybrid_ring(x, x, x, mask, torch.arange(3)[None], ring, ring, ring[..., 0, 0] > 0, window=2, scale=1.0)
+    assert [(call.op, call.kernel) for call in calls] == [
+        ("hybrid_ring", "reference"),
+        ("hybrid_chunk", "cpu.hybrid_stream"),
+    ]
+
+
+def test_the_compile_report_names_kernels_and_those_that_this_machine_lacks():
+    register(answering(1, op="hybrid_ring", missing="needs a moon"))
+    compiled = zoo.compile_again("llama", "window{window=4}")
+    report = compiled.report
+    assert set(report.kernels.values()) <= {kernel.name for kernel in kernels_for("hybrid_ring", "cpu")} | {"reference"}
+    assert report.declined["test.1"] == "needs a moon"
 
 
 def test_a_kernel_is_a_value():
