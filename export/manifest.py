@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import ArtifactError
-from linearize.export.names import FLAVOUR, GRAPH_FILE, LOGITS, MANIFEST_FILE, OPSET, PAST, PREFILL_PIECE, PRESENT
+from linearize.export.names import CONTRIB, GRAPH_FILE, LOGITS, MANIFEST_FILE, NATIVE, OPSET, PORTABLE, PREFILL_PIECE
 from linearize.export.names import WEIGHTS_FILE as WEIGHTS
 
 if TYPE_CHECKING:
+    from linearize.export.interface import Interface, Port
     from linearize.runtime.model import LinearizedModel
 
 FORMAT = 1
-MINIMUM_ONNXRUNTIME = "1.23"
+MINIMUM_ONNXRUNTIME = {NATIVE: "1.30", PORTABLE: "1.23"}
 
 
 class _Strict(BaseModel):
@@ -31,6 +33,15 @@ class Tensor(_Strict):
     dtype: str
 
 
+class PartEntry(_Strict):
+    """A state of the model within a packed one: numbers `start` .. of a row, as float32."""
+
+    name: str
+    start: int
+    shape: list[int]
+    dtype: str
+
+
 class StateEntry(_Strict):
     """A state tensor: output `out` of one call is input `in` of the next. `grows` is the axis that lengthens by T."""
 
@@ -42,6 +53,16 @@ class StateEntry(_Strict):
     dtype: str
     init: Literal["zeros"] = "zeros"
     grows: int | None = None
+    parts: list[PartEntry] | None = None
+
+
+class LoweringEntry(_Strict):
+    """What the operators of one replaced attention became."""
+
+    site: int
+    module: str
+    mixer: str
+    operators: dict[str, str]
 
 
 class WeightsEntry(_Strict):
@@ -50,8 +71,33 @@ class WeightsEntry(_Strict):
     bytes: int
 
 
+class Probe(_Strict):
+    """A prompt, the first logits after it, the largest one of all, and the greedy tokens that follow."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: list[float]
+    largest: float
+
+
+class Quantization(_Strict):
+    """What was quantised and what it cost, on tokens drawn from the model itself (`loss.py`)."""
+
+    kind: Literal["int8", "int4", "web"]
+    weights: int
+    perplexity: float
+    perplexity_float32: float
+    kl: float
+    tokens: int
+    bytes: int
+    bytes_float32: int
+
+
 class Verified(_Strict):
-    """The self-check against PyTorch: shapes are [B, T] fed from a random state, `padded` from an empty one."""
+    """The self-check against PyTorch, of a quantised file before it was quantised.
+
+    shapes are [B, T] fed from a random state, padded_shapes from an empty one.
+    """
 
     largest_logit_difference: float
     largest_state_difference: float
@@ -73,8 +119,9 @@ class Manifest(_Strict):
     graph: str = GRAPH_FILE
     opset: int = OPSET
     domains: dict[str, int]
-    minimum_onnxruntime: str = MINIMUM_ONNXRUNTIME
-    flavour: str = FLAVOUR
+    minimum_onnxruntime: str
+    flavour: Literal["native", "portable"]
+    lowerings: list[LoweringEntry]
     model_name: str
     vocab_size: int | None
     max_positions: int | None
@@ -85,45 +132,78 @@ class Manifest(_Strict):
     outputs: list[Tensor]
     states: list[StateEntry]
     weights: WeightsEntry
+    graph_sha256: str
     tokenizer_files: list[str]
     plan: dict[str, Any]
     verified: Verified | None = None
+    quantization: Quantization | None = None
+    probe: Probe | None = None
 
 
-def describe(compiled: LinearizedModel, folder: Path) -> Manifest:
+def describe(compiled: LinearizedModel, folder: Path, interface: Interface, flavour: str) -> Manifest:
     """The manifest of the graph and the weights that lie in `folder`, not yet verified."""
-    from linearize.export.onnx import grows_axis
     from linearize.export.weights import sha256
 
     program = compiled.program
     config = compiled.config or {}
-    states = [
-        StateEntry.model_validate(
-            {
-                "in": f"{PAST}{spec.name}",
-                "out": f"{PRESENT}{spec.name}",
-                "shape": _shape(spec.shape, spec.batched, spec.grows),
-                "dtype": _short(spec.dtype),
-                "grows": grows_axis(spec),
-            }
-        )
-        for spec in compiled.state_specs
-    ]
-    names = [name for name in program.input_names() if name not in program.state_names]
-    weights = folder / WEIGHTS
+    inputs = [Tensor(name=name, shape=list(dims), dtype="int64") for name, dims in interface.token_inputs().items()]
     return Manifest(
-        domains={"": OPSET},
+        domains={"": OPSET} | ({CONTRIB: 1} if flavour == NATIVE else {}),
+        minimum_onnxruntime=MINIMUM_ONNXRUNTIME[flavour],
+        flavour=flavour,  # type: ignore[arg-type]
+        lowerings=lowerings(compiled, flavour),
         model_name=program.model_name,
         vocab_size=program.vocab_size,
         max_positions=program.max_positions,
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=_as_list(config.get("eos_token_id")),
-        inputs=[Tensor(name=name, shape=["batch", "length"], dtype="int64") for name in names],
+        inputs=inputs,
         outputs=[Tensor(name=LOGITS, shape=["batch", "length", program.vocab_size or "vocabulary"], dtype="float32")],
-        states=states,
-        weights=WeightsEntry(file=WEIGHTS, sha256=sha256(weights), bytes=weights.stat().st_size),
+        states=[_state_entry(port) for port in interface.ports],
+        weights=weights_entry(folder),
+        graph_sha256=sha256(folder / GRAPH_FILE),
         tokenizer_files=sorted(compiled.files),
         plan=compiled.plan.model_dump(mode="json"),
+    )
+
+
+def weights_entry(folder: Path) -> WeightsEntry:
+    from linearize.export.weights import sha256
+
+    weights = folder / WEIGHTS
+    return WeightsEntry(file=WEIGHTS, sha256=sha256(weights), bytes=weights.stat().st_size)
+
+
+def lowerings(compiled: LinearizedModel, flavour: str) -> list[LoweringEntry]:
+    """Read off the lowered graph: the operators of every mixer, and what each was written as."""
+    from linearize.export.native import lowering_of
+
+    found: dict[str, dict[str, str]] = {}
+    for node in compiled.program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "linearize":
+            name, site = node.target._opname, str(node.meta.get("linearize_scope", "")).rpartition(".")[2]
+            far = len(node.args) > 4 and node.args[4] is not None
+            found.setdefault(site, {})[name] = lowering_of(name, flavour, far)
+    return [
+        LoweringEntry(
+            site=entry.site, module=entry.module, mixer=entry.label(), operators=found.get(str(entry.site), {})
+        )
+        for entry in compiled.plan.entries
+    ]
+
+
+def _state_entry(port: Port) -> StateEntry:
+    spec = port.state
+    parts = [PartEntry(name=p.name, start=p.start, shape=list(p.shape), dtype=p.dtype) for p in port.parts]
+    return StateEntry.model_validate(
+        {
+            "in": port.past,
+            "out": port.present,
+            "shape": _shape(spec.shape, spec.batched, spec.grows),
+            "dtype": _short(spec.dtype),
+            "grows": port.grows,
+            "parts": parts or None,
+        }
     )
 
 

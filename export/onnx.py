@@ -1,6 +1,7 @@
-"""The lowered graph as one ONNX file: T and B dynamic, state in, state out, standard operators of opset 23.
+"""The lowered graph as one ONNX file: T and B dynamic, state in, state out, opset 23.
 
-Our operators enter through their decompositions. Weights lie in a safetensors file beside it, each content once.
+Our operators enter through their decompositions, or in the native flavour as onnxruntime's own (`native.py`). Weights
+lie in a safetensors file beside it, each content once.
 """
 
 from __future__ import annotations
@@ -15,93 +16,96 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from linearize.errors import ExportError
-from linearize.export.names import GRAPH_FILE, LOGITS, OPSET, PAST, PRESENT
+from linearize.export.interface import Interface, example_inputs
+from linearize.export.names import GRAPH_FILE, LOGITS, OPSET
+from linearize.export.native import native_decompositions
 from linearize.ops import decompositions
-from linearize.program import TOKENS, StateTensor, node_scope
+from linearize.program import MIXERS, node_scope
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from linearize.runtime.model import LinearizedModel
 
-EXAMPLE = {"batch": 2, "length": 5, "past": 3}  # sizes that differ, so that no dim is taken for another
 
-
-def write_onnx(compiled: LinearizedModel, folder: Path) -> None:
+def write_onnx(compiled: LinearizedModel, folder: Path, interface: Interface, portable: bool) -> None:
     """Write `model.onnx` and `model.safetensors` into `folder`.
 
     Raises:
         ExportError: an operator has no form in ONNX; it and its layer are named.
     """
+    from linearize.export import onnx_graph
+
+    model = translate(compiled, interface, portable)
+    rename(model, interface)
+    onnx_graph.tidy(model)
+    save(model, folder)
+    _check(folder / GRAPH_FILE, portable)
+
+
+def write_quantized(compiled: LinearizedModel, before: Path, folder: Path, kind: str) -> int:
+    """Quantise what `write_onnx` wrote into `before`, and write it into `folder`; how many weights were."""
     import onnx_ir as ir
 
-    from linearize.export import onnx_graph
+    from linearize.export.quantize import quantize
+
+    model = ir.load(before / GRAPH_FILE)
+    own = [p for name, p in compiled.source.module.named_parameters() if name.startswith(MIXERS)]
+    count = quantize(model, kind, own)
+    save(model, folder)
+    return count
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    import onnx_ir as ir
+
     from linearize.export.weights import move_weights
 
-    model = translate(compiled)
-    rename(model, compiled)
-    onnx_graph.tidy(model)
     move_weights(model, folder)
     ir.save(model, folder / GRAPH_FILE)
-    _check(folder / GRAPH_FILE)
 
 
-def translate(compiled: LinearizedModel) -> ir.Model:
+def translate(compiled: LinearizedModel, interface: Interface, portable: bool) -> ir.Model:
     """torch.export, decompose and translate; names and weights are still the exporter's."""
-    inputs, dims = example_inputs(compiled)
+    inputs, dims = example_inputs(interface)
+    table = decompositions() if portable else native_decompositions()
     with torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(compiled.graph_module, inputs, dynamic_shapes=dims)
+            exported = torch.export.export(interface.module, inputs, dynamic_shapes=_by_argument(interface, dims))
             # torch.onnx decomposes once more anyway, by the global table: joining ours to it there saves a whole trace
-            with patch.dict(torch._decomp.decomposition_table, decompositions()):
-                program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+            with patch.dict(torch._decomp.decomposition_table, table):
+                program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
         except Exception as error:  # the exporter's own errors have no common public base
             raise ExportError(explain(error, compiled.program.graph)) from error
     assert program is not None
     return program.model
 
 
-def example_inputs(compiled: LinearizedModel) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """One tensor of its own for each input (the same one twice would alias two inputs of the graph), and its dims."""
-    batch, length, past = (torch.export.Dim(name, min=0 if name == "past" else 1) for name in EXAMPLE)
-    tensors, dims = [], []
-    for node in compiled.program.placeholders():
-        state: StateTensor | None = node.meta.get("state")
-        if state is None:
-            tensors.append(torch.ones(EXAMPLE["batch"], EXAMPLE["length"], dtype=torch.int64))
-            dims.append({0: batch, 1: length})
-            continue
-        axis = grows_axis(state)
-        tensor = state.zeros(EXAMPLE["batch"])
-        if axis is not None:
-            tensor = tensor.new_zeros([EXAMPLE["past"] if i == axis else n for i, n in enumerate(tensor.shape)])
-        tensors.append(tensor)
-        dims.append(({0: batch} if state.batched else {}) | ({axis: past} if axis is not None else {}))
-    return tuple(tensors), tuple(dims)
+def _by_argument(interface: Interface, dims: list[Any]) -> tuple[Any, ...]:
+    """Dims in the form of the signature: states that come as *states are one tuple."""
+    if isinstance(interface.module, fx.GraphModule):
+        return tuple(dims)
+    first = len(interface.token_inputs())
+    return (*dims[:first], tuple(dims[first:]))
 
 
-def grows_axis(state: StateTensor) -> int | None:
-    """The dim of the whole tensor, batch included, whose length is the number of tokens seen."""
-    return None if state.grows is None else state.grows + int(state.batched)
-
-
-def rename(model: ir.Model, compiled: LinearizedModel) -> None:
-    """`past.<state>` and `present.<state>`, `logits`; dims batch, length and past."""
+def rename(model: ir.Model, interface: Interface) -> None:
+    """The interface's names, and `logits`; dims batch, length, past and total."""
     from linearize.export import onnx_graph
 
-    axes = {spec.name: grows_axis(spec) for spec in compiled.state_specs}
+    tokens = interface.token_inputs()
     symbols: dict[str, str] = {}
-    for value, name in zip(model.graph.inputs, compiled.program.input_names(), strict=True):
-        value.name = f"{PAST}{name}" if name in axes else name
-        if name == TOKENS:
-            symbols |= dict(zip(onnx_graph.symbols_of(value), ("batch", "length"), strict=True))
-        elif axes.get(name) is not None:
+    for value, (name, dims) in zip(model.graph.inputs, tokens.items(), strict=False):
+        value.name = name
+        symbols |= dict(zip(onnx_graph.symbols_of(value), dims, strict=True))
+    for value, port in zip(list(model.graph.inputs)[len(tokens) :], interface.ports, strict=True):
+        value.name = port.past
+        if port.grows is not None:
             symbols[onnx_graph.symbols_of(value)[-1]] = "past"
-    outputs = [LOGITS, *(f"{PRESENT}{spec.name}" for spec in compiled.state_specs)]
-    onnx_graph.name_outputs(model.graph, outputs)
+    onnx_graph.name_outputs(model.graph, [LOGITS, *(port.present for port in interface.ports)])
     onnx_graph.name_dims(model.graph, symbols)
 
 
@@ -136,8 +140,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, portable: bool) -> None:
+    """The checker knows no operator of onnxruntime's own; onnxruntime checks those when the parity check loads them."""
     import onnx
+
+    if not portable:
+        return
 
     try:
         onnx.checker.check_model(str(path))

@@ -129,7 +129,7 @@ class OnnxModel:
             raise DataError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
         feeds = {"input_ids": self._value(ids), "attention_mask": self._value(np.asarray(mask, order="C"))}
         if "position_ids" in self._inputs:
-            seen = state.values["past.seen"].numpy()[:, None]
+            seen = state.values["past.seen"].numpy()[:, None]  # the row's real tokens so far
             feeds["position_ids"] = self._value(np.maximum(seen + np.cumsum(mask, axis=1) - 1, 0))
         logits, *new = self.session.run_with_ort_values(self._outputs, {**feeds, **state.values})
         values = {entry["in"]: value for entry, value in zip(self._states, new, strict=True)}

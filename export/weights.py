@@ -5,34 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
 from linearize.export.names import WEIGHTS_FILE
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 SMALLEST = 1024  # bytes; shapes and scalars stay in the graph, where the runtime's constant folding sees them
 
 
 def move_weights(model: ir.Model, folder: Path) -> None:
-    """Write the graph's initialisers to `folder/model.safetensors` and point the graph there."""
+    """Write the graph's initialisers to `folder/model.safetensors`, each content once, and point the graph there."""
+    import onnx_ir as ir
+
     values = {
         str(name): value
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes >= SMALLEST
     }
+    stored = first_of_each_content(values)
     path = folder / WEIGHTS_FILE
-    save_file({name: _as_torch(value.const_value) for name, value in values.items()}, path, metadata={"format": "pt"})
+    tensors = {name: _as_torch(value.const_value) for name, value in values.items() if stored[name] == name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     ranges = read_ranges(path)
     for name, value in values.items():
-        old, (offset, length) = value.const_value, ranges[name]
+        old, (offset, length) = value.const_value, ranges[stored[name]]
         assert old is not None
         assert length == old.nbytes
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(old.numpy().shape), name=name, base_dir=folder
+            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(tuple(old.shape)), name=name, base_dir=folder
         )
+
+
+def first_of_each_content(values: dict[str, ir.Value]) -> dict[str, str]:
+    """name -> the name under which the same bytes are stored, whatever their shape."""
+    first: dict[tuple[int, bytes], str] = {}
+    return {
+        name: first.setdefault((value.const_value.nbytes, _digest(value.const_value)), name)  # type: ignore[union-attr]
+        for name, value in values.items()
+    }
+
+
+def _digest(tensor: ir.TensorProtocol | None) -> bytes:
+    return hashlib.sha256(_as_torch(tensor).reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _as_torch(tensor: ir.TensorProtocol | None) -> torch.Tensor:

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linearize.errors import ExportError
+from linearize.export.names import CONTRIB, GRAPH_FILE, MANIFEST_FILE, NATIVE, PORTABLE, WEIGHTS_FILE
+from linearize.export.weights import sha256
 from linearize.files import check_new_directory, new_directory
 
 if TYPE_CHECKING:
+    from linearize.export.interface import Interface
     from linearize.runtime.model import LinearizedModel
 
-Writer = Callable[["LinearizedModel", Path], None]
+QUANTIZE = ("int8", "int4", "web")
+Writer = Callable[["LinearizedModel", Path, "Options"], None]
 
 
-def export(compiled: LinearizedModel, directory: str | Path, format: str = "onnx") -> Path:
+@dataclass(frozen=True)
+class Options:
+    """What `export` takes beyond the format; each format takes some of them."""
+
+    portable: bool = False
+    genai: bool = False
+    quantize: str | None = None
+    aoti: bool = False
+
+    def given(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name)]
+
+
+def export(
+    compiled: LinearizedModel,
+    directory: str | Path,
+    format: str = "onnx",
+    *,
+    portable: bool = False,
+    genai: bool = False,
+    quantize: str | None = None,
+    aoti: bool = False,
+) -> Path:
     """Write a compiled model to a new directory in a format that runs without PyTorch.
 
     Args:
         compiled: what `linearize.compile` or `linearize.load` returned, on the CPU in float32.
         directory: must not exist, or be empty. It appears complete or not at all.
-        format: "onnx", the only one so far: `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files.
+        format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files.
+        portable: standard ONNX operators only; without it, onnxruntime's own where it has one.
+        quantize: "int8", "int4" (fast natively) or "web" (fast in wasm): weights in fewer bits, the loss measured.
+        genai: states as onnxruntime-genai carries them, and its `genai_config.json`.
 
     Returns:
         The directory.
@@ -31,35 +63,94 @@ def export(compiled: LinearizedModel, directory: str | Path, format: str = "onnx
             the format cannot express, or a file that disagrees with PyTorch.
         ArtifactError: the directory exists or cannot be written.
     """
-    writer = _writer(format)
+    options = Options(portable, genai, quantize, aoti)
+    writer = _writer(format, options)
     check_exportable(compiled)
     check_new_directory(directory)
     with new_directory(directory) as folder:
-        writer(compiled, folder)
+        writer(compiled, folder, options)
     return Path(directory)
 
 
-def _write_onnx(compiled: LinearizedModel, folder: Path) -> None:
-    from linearize.export.manifest import describe, write_manifest
+def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> None:
+    from linearize.export import genai
+    from linearize.export.manifest import describe, weights_entry, write_manifest
     from linearize.export.onnx import write_onnx
     from linearize.export.parity import check_parity
+    from linearize.export.probe import take_probe
 
-    write_onnx(compiled, folder)
+    interface = _interface(compiled, options.genai)
+    write_onnx(compiled, folder, interface, options.portable)
     for name, content in compiled.files.items():
         (folder / name).write_bytes(content)
-    manifest = describe(compiled, folder)
+    if isinstance(interface, genai.Packed):
+        genai.write_config(compiled, interface, folder)
+    manifest = describe(compiled, folder, interface, PORTABLE if options.portable else NATIVE)
     write_manifest(manifest, folder)  # unverified; the check reads it as a user would
-    verified = check_parity(compiled, folder)
-    write_manifest(manifest.model_copy(update={"verified": verified}), folder)
+    changes: dict[str, Any] = {"verified": check_parity(compiled, folder, interface)}
+    if options.quantize is not None:
+        changes |= _quantize(compiled, folder, options.quantize)
+        changes |= {"weights": weights_entry(folder), "graph_sha256": sha256(folder / GRAPH_FILE)}
+        if options.quantize != "web":
+            changes |= {"flavour": NATIVE, "domains": manifest.domains | {CONTRIB: 1}}
+    write_manifest(manifest.model_copy(update=changes | {"probe": take_probe(folder)}), folder)
 
 
-WRITERS: dict[str, Writer] = {"onnx": _write_onnx}
+def _interface(compiled: LinearizedModel, packed: bool) -> Interface:
+    from linearize.export.genai import Packed
+    from linearize.export.interface import Plain
+
+    return Packed(compiled) if packed else Plain(compiled)
 
 
-def _writer(format: str) -> Writer:
+def _quantize(compiled: LinearizedModel, folder: Path, kind: str) -> dict[str, Any]:
+    """Quantise the directory in place; the manifest's entry."""
+    from linearize.export.loss import measure_loss
+    from linearize.export.onnx import write_quantized
+
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        before = Path(place)
+        shutil.copy2(folder / MANIFEST_FILE, before)
+        for name in (GRAPH_FILE, WEIGHTS_FILE):
+            (folder / name).rename(before / name)
+        count = write_quantized(compiled, before, folder, kind)
+        return {"quantization": measure_loss(compiled, before, folder, kind, count)}
+
+
+def compare(compiled: LinearizedModel, directory: str | Path) -> float:
+    """The self-check of an exported directory against a compiled model, repeated: the largest difference of logits.
+
+    Raises:
+        ExportError: they disagree, or the directory is quantised and need not agree.
+    """
+    from linearize.export.manifest import read_manifest
+    from linearize.export.parity import check_parity
+
+    manifest = read_manifest(directory)
+    if manifest.quantization is not None:
+        kind = manifest.quantization.kind
+        raise ExportError(f"{directory} is quantised ({kind}): it does not equal any model exactly")
+    interface = _interface(compiled, any(entry.parts for entry in manifest.states))
+    names = [entry.input for entry in manifest.states]
+    if names != [port.past for port in interface.ports]:
+        raise ExportError(f"{directory} has other states than this compiled model: it is another model's")
+    return check_parity(compiled, Path(directory), interface).largest_logit_difference
+
+
+WRITERS: dict[str, tuple[Writer, set[str]]] = {"onnx": (_write_onnx, {"portable", "genai", "quantize"})}
+
+
+def _writer(format: str, options: Options) -> Writer:
     if format not in WRITERS:
         raise ExportError(f"no export format {format!r}; there are {', '.join(sorted(WRITERS))}")
-    return WRITERS[format]
+    if options.quantize is not None and options.quantize not in QUANTIZE:
+        raise ExportError(f"cannot quantize to {options.quantize!r}; there are {', '.join(QUANTIZE)}")
+    writer, takes = WRITERS[format]
+    alien = [name for name in options.given() if name not in takes]
+    if alien:
+        known = ", ".join(sorted(takes)) or "no option"
+        raise ExportError(f"the format {format} does not take {alien[0]}; it takes {known}")
+    return writer
 
 
 def check_exportable(compiled: object) -> None:

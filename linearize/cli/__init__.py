@@ -17,6 +17,7 @@ from linearize.cli.generate import generate
 from linearize.cli.inspect import inspect_model
 from linearize.cli.recipes import recipes
 from linearize.cli.serve import serve
+from linearize.cli.verify import verify
 
 app = typer.Typer(
     name="linearize",
@@ -55,6 +56,7 @@ app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("serve")(serve)
 app.command("export")(export_model)
+app.command("verify")(verify)
 app.command("recipes")(recipes)
 app.command("doctor")(doctor)
 

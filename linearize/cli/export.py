@@ -21,6 +21,20 @@ def export_model(
         ),
     ],
     form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx.")] = "onnx",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Standard ONNX operators only, none of onnxruntime's own.")
+    ] = False,
+    genai: Annotated[
+        bool, typer.Option("--genai", help="States as onnxruntime-genai carries them, and its genai_config.json.")
+    ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            help="Weights in fewer bits: int8 or int4 (fast natively), web (fast in wasm).",
+            show_default=False,
+        ),
+    ] = None,
     mixers: Mixers = None,
 ) -> None:
     """Write a compiled model in another format, and check the file against PyTorch.
@@ -37,8 +51,19 @@ def export_model(
     compiled = linearize.load(directory)
     say(f"exporting {compiled.program.model_name} to {form} and checking it")
     started = time.perf_counter()
-    path = linearize.export(compiled, output, format=form)
+    path = linearize.export(compiled, output, format=form, portable=portable, genai=genai, quantize=quantize)
     console = out()
     for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
         console.print(f"{file.stat().st_size:>12,}  {file}", soft_wrap=True)
+    if quantize is not None:
+        from linearize.export.manifest import read_manifest
+
+        loss = read_manifest(path).quantization
+        assert loss is not None
+        console.print(
+            f"{loss.kind}: perplexity {loss.perplexity:.3f} instead of {loss.perplexity_float32:.3f} on "
+            f"{loss.tokens} of the model's own tokens, KL {loss.kl:.2g}; "
+            f"{loss.bytes:,} bytes instead of {loss.bytes_float32:,}",
+            soft_wrap=True,
+        )
     console.print(f"wrote {path} in {time.perf_counter() - started:.0f} s", soft_wrap=True)

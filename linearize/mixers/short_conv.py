@@ -37,12 +37,8 @@ class ShortConv(nn.Module):
 
     def push(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(y [B,T,heads,d], the new state [B,c-1,heads,d])."""
-        last = self.size - 1
-        line = torch.cat([state, x], dim=1)
-        y = self.weight[..., 0] * x
-        for back in range(1, self.size):
-            y = y + self.weight[..., back] * line[:, last - back : -back]
-        return y, line[:, -last:]
+        y, new = torch.ops.linearize.short_conv.default(x, state, self.weight)
+        return y, new
 
 
 class ConvBranches(TwoBranches):

@@ -9,6 +9,7 @@ from linearize.ops.hybrid import hybrid_chunk
 from linearize.ops.hybrid_ring import hybrid_ring
 from linearize.ops.hybrid_step import hybrid_step
 from linearize.ops.mla_decode import mla_decode
+from linearize.ops.short_conv import short_conv
 from linearize.ops.slots import slots_chunk
 from linearize.ops.slots_block import slots_block
 from linearize.ops.slots_merge import slots_merge
@@ -30,6 +31,7 @@ __all__ = [
     "hybrid_ring",
     "hybrid_step",
     "mla_decode",
+    "short_conv",
     "slots_block",
     "slots_chunk",
     "slots_merge",

@@ -87,10 +87,12 @@ def require(condition: bool, operator: str, message: str) -> None:
 def _recompute(function: Form) -> tuple[Form, Form]:
     """(setup_context, backward) that save the inputs only and differentiate `function` on them again."""
 
-    def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup_context(
+        ctx: Any, inputs: Sequence[Any], output: Any, keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.keywords = keyword_only_inputs
+        ctx.keywords = keyword_only_inputs or {}
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -93,7 +93,7 @@ def test_the_check_shrinks_to_the_learned_positions(directory):
     manifest = read_manifest(directory)
     assert manifest.max_positions == 64
     assert manifest.verified is not None
-    assert manifest.verified.shapes == [[1, 1], [1, 7], [2, 1], [2, 7]]
+    assert manifest.verified.shapes == [[1, 1], [1, 7], [4, 1], [4, 7]]
     assert manifest.verified.prefill_tokens + manifest.verified.greedy_tokens_compared == 64
     with pytest.raises(DataError, match="65 tokens pass the source's 64 learned positions"):
         OnnxModel(directory).step(np.zeros((1, 65), dtype=np.int64))

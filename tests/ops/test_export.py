@@ -23,6 +23,7 @@ from linearize.ops import (
     hybrid_ring,
     hybrid_step,
     mla_decode,
+    short_conv,
     slots_block,
     slots_chunk,
     slots_merge,
@@ -110,6 +111,12 @@ class Ring(nn.Module):
         return hybrid_ring(q, k, v, mask, positions, *state, *maps, window=WINDOW, scale=0.5)
 
 
+class ShortConv(nn.Module):
+    def forward(self, x):
+        q, _, _ = _heads(x)
+        return short_conv(q, torch.ones(x.shape[0], 2, 4, 3), torch.arange(36.0).reshape(4, 3, 3))
+
+
 class Slots(nn.Module):
     def forward(self, x):
         q, k, v = _heads(x)
@@ -173,6 +180,7 @@ MODULES = {
     "hybrid": Hybrid,
     "window": Window,
     "ring": Ring,
+    "short_conv": ShortConv,
     "slots": Slots,
     "slots_block": Block,
     "slots_merge": Merge,
