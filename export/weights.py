@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,9 @@ def move_weights(model: ir.Model, folder: Path) -> None:
         old, (offset, length) = value.const_value, ranges[stored[name]]
         assert old is not None
         assert length == old.nbytes
+        shape = ir.Shape([int(size) for size in old.shape])  # type: ignore[arg-type]
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, old.dtype, shape=ir.Shape(tuple(old.shape)), name=name, base_dir=folder
+            WEIGHTS_FILE, offset, length, old.dtype, shape=shape, name=name, base_dir=folder
         )
 
 
@@ -61,7 +63,9 @@ def _as_torch(tensor: ir.TensorProtocol | None) -> torch.Tensor:
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):
         return raw.detach().contiguous()
-    return torch.from_numpy(np.asarray(tensor.numpy(), order="C"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a mapped file is read-only, and nobody writes here
+        return torch.from_numpy(np.asarray(tensor.numpy(), order="C"))
 
 
 def read_ranges(path: Path) -> dict[str, tuple[int, int]]:
