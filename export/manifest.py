@@ -176,13 +176,14 @@ def weights_entry(folder: Path) -> WeightsEntry:
 
 def lowerings(compiled: LinearizedModel, flavour: str) -> list[LoweringEntry]:
     """Read off the lowered graph: the operators of every mixer, and what each was written as."""
-    from linearize.export.native import lowering_of
+    from linearize.export.native import FAR_FIELD, lowering_of
 
     found: dict[str, dict[str, str]] = {}
     for node in compiled.program.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "linearize":
             name, site = node.target._opname, str(node.meta.get("linearize_scope", "")).rpartition(".")[2]
-            far = len(node.args) > 4 and node.args[4] is not None
+            place = FAR_FIELD.get(name, 0)
+            far = len(node.args) > place and node.args[place] is not None
             found.setdefault(site, {})[name] = lowering_of(name, flavour, far)
     return [
         LoweringEntry(

@@ -2,7 +2,7 @@
 
     gla_chunk, gla_vec_chunk   LinearAttention, rule "linear" or "gated", decays by head or by channel
     delta_chunk                LinearAttention, rule "delta" or "gated_delta"
-    hybrid_chunk               its far field: LinearAttention "linear" for s, and again with a value of one for z
+    hybrid_chunk, hybrid_ring  their far field: LinearAttention "linear" for s, and again with a value of one for z
     short_conv                 CausalConvWithState
 
 LinearAttention holds one state a "kv head"; where the gates are by query head, keys and values are repeated. Its T is
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from linearize.ops import OPERATORS, decompositions
 from linearize.ops.delta import normalised
-from linearize.ops.hybrid import hybrid_chunk_decomposed
+from linearize.ops.hybrid import fold_heads, hybrid_chunk_decomposed, soften, window_keys
+from linearize.ops.hybrid_ring import over
 
 DOMAIN = "com.microsoft"
 LINEAR_ATTENTION, CAUSAL_CONV = f"{DOMAIN}::LinearAttention", f"{DOMAIN}::CausalConvWithState"
@@ -72,8 +73,6 @@ def near_sums(
     sink_mask: Tensor | None, sink_logits: Tensor | None, *, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Numerator [B,T,H,dv] and denominator [B,T,H,1] of the window's softmax."""
-    from linearize.ops.hybrid import fold_heads, soften, window_keys
-
     batch, length, heads, _ = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     seen = window_keys(length, window, q.device) & mask[:, None]
@@ -129,8 +128,10 @@ FORMS: dict[str, Form] = {
     "gla_vec_chunk": gla_native,
     "delta_chunk": delta_native,
     "hybrid_chunk": hybrid_native,
+    "hybrid_ring": over(hybrid_native),
     "short_conv": short_conv_native,
 }
+FAR_FIELD = {"hybrid_chunk": 4, "hybrid_ring": 10}  # the argument without which there is none
 
 
 def native_decompositions() -> dict[torch._ops.OpOverload, Form]:
@@ -140,7 +141,8 @@ def native_decompositions() -> dict[torch._ops.OpOverload, Form]:
 
 def lowering_of(name: str, flavour: str, has_far_field: bool) -> str:
     """In words, what an operator of ours became."""
-    if flavour != "native" or name not in FORMS or (name == "hybrid_chunk" and not has_far_field):
+    hybrid = name in FAR_FIELD
+    if flavour != "native" or name not in FORMS or (hybrid and not has_far_field):
         return STANDARD
     native = "CausalConvWithState" if name == "short_conv" else "LinearAttention"
-    return f"{DOMAIN}.{native}" + (" beside standard operators" if name == "hybrid_chunk" else "")
+    return f"{DOMAIN}.{native}" + (" beside standard operators" if hybrid else "")

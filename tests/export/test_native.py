@@ -102,4 +102,5 @@ def test_the_manifest_says_what_an_operator_became():
     assert lowering_of("short_conv", "native", False) == "com.microsoft.CausalConvWithState"
     assert lowering_of("hybrid_chunk", "native", False) == STANDARD
     assert lowering_of("hybrid_chunk", "native", True).startswith("com.microsoft.LinearAttention beside")
+    assert lowering_of("hybrid_ring", "native", True).startswith("com.microsoft.LinearAttention beside")
     assert lowering_of("slots_chunk", "native", False) == lowering_of("delta_chunk", "portable", False) == STANDARD
