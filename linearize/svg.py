@@ -22,9 +22,9 @@ class Line:
 
 def line_plot(
     lines: Sequence[Line], title: str, x_label: str, y_text: Callable[[float], str] = lambda value: f"{value:g}",
-    log_y: bool = True,
+    log_y: bool = True, base: int = 10,
 ) -> str:  # fmt: skip
-    """One `<svg>` that scales to its container, x logarithmic, y logarithmic or from 0."""
+    """One `<svg>` that scales to its container, x logarithmic, y logarithmic (ticks at powers of `base`) or from 0."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     across = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, True)
@@ -34,7 +34,7 @@ def line_plot(
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'font-family="system-ui, sans-serif" font-size="11" aria-label="{escape(title)}">',
         f'<text x="{LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
-        *_axes(xs, ys, across, up, x_label, y_text, log_y, low, high),
+        *_axes(xs, _ticks(low, high, base if log_y else 0), across, up, x_label, y_text),
     ]
     for index, line in enumerate(lines):
         parts += _line(line, COLOURS[index % len(COLOURS)], across, up, y_text)
@@ -42,10 +42,10 @@ def line_plot(
     return "\n".join([*parts, "</svg>"])
 
 
-def _axes(xs: Sequence[float], ys: Sequence[float], across: Callable[[float], float], up: Callable[[float], float],
-          x_label: str, y_text: Callable[[float], str], log_y: bool, low: float, high: float) -> list[str]:  # fmt: skip
+def _axes(xs: Sequence[float], ticks: Sequence[float], across: Callable[[float], float], up: Callable[[float], float],
+          x_label: str, y_text: Callable[[float], str]) -> list[str]:  # fmt: skip
     parts = []
-    for value in _ticks(low, high, log_y):
+    for value in ticks:
         y = up(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
                      f'stroke-opacity=".13"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" '
@@ -70,10 +70,10 @@ def _line(line: Line, colour: str, across: Callable[[float], float], up: Callabl
     return [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>', *dots]
 
 
-def _legend(lines: Sequence[Line]) -> list[str]:
+def _legend(lines: Sequence[Line], colours: Sequence[str] = COLOURS) -> list[str]:
     parts, x = [], float(LEFT)
     for index, line in enumerate(lines):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = colours[index % len(colours)]
         parts.append(f'<rect x="{x:.0f}" y="23" width="12" height="4" rx="2" fill="{colour}"/>'
                      f'<text x="{x + 16:.0f}" y="29" fill="currentColor">{escape(line.name)}</text>')  # fmt: skip
         x += 30 + 6.2 * len(line.name)
@@ -88,15 +88,16 @@ def _scale(low: float, high: float, start: float, stop: float, log: bool) -> Cal
     return lambda value: start + (at(value) - at(low)) / span * (stop - start)
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    if not log:
+def _ticks(low: float, high: float, base: int) -> list[float]:
+    """Powers of `base` within the range, few enough to read; quarters of it for base 0."""
+    if not base:
         return [high * part / 4 for part in range(5)]
-    first, last = math.floor(math.log10(max(low, 1e-12))), math.ceil(math.log10(max(high, 1e-12)))
-    decades = [10.0**power for power in range(first, last + 1)]
-    fine = [decade * factor for decade in decades for factor in (1, 2, 5)]
-    inside = [value for value in fine if low * 0.8 <= value <= high * 1.25]
-    coarse = [value for value in decades if low * 0.8 <= value <= high * 1.25]
-    return (coarse if len(coarse) >= 3 else inside)[:8]
+    first, last = math.floor(math.log(max(low, 1e-12), base)), math.ceil(math.log(max(high, 1e-12), base))
+    powers = [float(base) ** power for power in range(first, last + 1) if low * 0.8 <= base**power <= high * 1.25]
+    if base == 10 and len(powers) < 3:
+        fine = [10.0**power * factor for power in range(first, last + 1) for factor in (1, 2, 5)]
+        return [value for value in fine if low * 0.8 <= value <= high * 1.25]
+    return powers[:: -(-len(powers) // 6)] if powers else [low, high]
 
 
 def short(value: float) -> str:
@@ -108,3 +109,36 @@ def short(value: float) -> str:
         if value >= 10 * size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def bar_plot(
+    title: str, bars: Sequence[tuple[str, float]], ghosts: dict[str, float], x_label: str,
+    start: str = "before fitting", end: str = "fitted",
+) -> str:  # fmt: skip
+    """A bar from 0 for every (name, value), in front of a pale one for what it was before (`ghosts`)."""
+    high = max([value for _, value in bars] + list(ghosts.values())) * 1.08 or 1.0
+    room = (WIDTH - RIGHT - LEFT) / len(bars)
+    base = HEIGHT - BOTTOM
+
+    def y_of(value: float) -> float:
+        return base - (base - TOP - 14) * value / high
+
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="11" aria-label="{escape(title)}">',
+        f'<text x="{LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
+        *_axes([], _ticks(0.0, high, 0), lambda x: x, y_of, x_label, lambda value: f"{value:.2g}"),
+    ]
+    every = max(1, len(bars) // 16)
+    for index, (name, value) in enumerate(bars):
+        x, width = LEFT + room * (index + 0.12), room * 0.76
+        for size, opacity in ((ghosts.get(name), 0.25), (value, 1.0)):
+            if size is not None:
+                parts.append(f'<rect x="{x:.1f}" y="{y_of(size):.1f}" width="{width:.1f}" '
+                             f'height="{base - y_of(size):.1f}" fill="{COLOURS[1]}" fill-opacity="{opacity}">'
+                             f"<title>{escape(x_label)} {escape(name)}: {size:.4f}</title></rect>")  # fmt: skip
+        if index % every == 0:
+            parts.append(f'<text x="{x + width / 2:.1f}" y="{base + 16}" text-anchor="middle" fill="currentColor" '
+                         f'fill-opacity=".7">{escape(name)}</text>')  # fmt: skip
+    parts += _legend([Line(end, ()), *([Line(start, ())] if ghosts else [])], (COLOURS[1], COLOURS[1] + "40"))
+    return "\n".join([*parts, "</svg>"])

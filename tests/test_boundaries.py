@@ -60,9 +60,10 @@ ALLOWED = {
     "calibration": SERVICES,
     "runtime": SERVICES,
     "huggingface": SERVICES | {"api", "huggingface"},
+    "page": MACHINERY | {"svg", "page"},
     "serving": SERVICES | {"serving"},
     "api": SERVICES | {"api", "passes.calibrate"},
-    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate", "serving"},
+    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate", "serving", "page"},
     "root": VOCABULARY,
 }
 

@@ -112,7 +112,7 @@ def plots(rows: Sequence[Measured]) -> str:
         ]
 
     speed = line_plot(series("tokens_per_second"), "tokens per second", "tokens of context", lambda value: f"{value:g}")
-    memory = line_plot(series("peak"), "peak memory of a step", "tokens of context", bytes_text)
+    memory = line_plot(series("peak"), "peak memory of a step", "tokens of context", bytes_text, base=2)
     placed = [drawn.replace("<svg ", f'<svg x="{WIDTH * place}" width="{WIDTH}" height="{HEIGHT}" ', 1)
               for place, drawn in enumerate((speed, memory))]  # fmt: skip
     style = 'style="color:#111;background:#fff"'

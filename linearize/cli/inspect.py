@@ -38,11 +38,21 @@ def inspect_model(
     save_plan: Annotated[
         Path | None, typer.Option(help="Write the recipe's plan to this file, to edit it for compile --plan.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with graphs, costs and stages.", show_default=False)
+    ] = None,
+    dot: Annotated[bool, typer.Option("--dot", help="Print the graph for Graphviz.")] = False,
+    svg: Annotated[bool, typer.Option("--svg", help="Print the graph as SVG.")] = False,
+    python: Annotated[bool, typer.Option("--python", help="Print the program as Python-like text.")] = False,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="With --html and --recipe: fit on so many, to show errors.")
+    ] = 0,
     mixers: Mixers = None,
 ) -> None:
     """Show every attention of a model: matched, or refused and why.
 
-    The model is captured and read; nothing in it is changed.
+    The model is captured and read; nothing in it is changed. With --html, --dot, --svg or --python MODEL may also be a
+    directory that linearize compile wrote.
 
     Exit code 0 when every attention was matched, 2 when some were refused, 1 on an error.
     """
@@ -53,6 +63,15 @@ def inspect_model(
     policy = Recipe.load(recipe) if recipe is not None else None
     if save_plan is not None and policy is None:
         raise LinearizeError("--save-plan needs --recipe: the plan is what the recipe decides")
+    pipes = [name for name, wanted in (("dot", dot), ("svg", svg), ("python", python)) if wanted]
+    if len(pipes) > 1 or (pipes and html is not None):
+        raise LinearizeError("choose one of --html, --dot, --svg and --python")
+    if pipes or html is not None:
+        from linearize.cli._drawing import draw
+
+        if draw(model, policy, tokens, html, pipes[0] if pipes else None):
+            raise typer.Exit(SOME_REFUSED)
+        return
     source = load_source(model)
     if stage is not None:
         print_stage(source, policy, stage)

@@ -1,6 +1,7 @@
 """`linearize inspect`: JSON and tables, --why, --stage, --save-plan, exit codes."""
 
 import json
+import re
 from pathlib import Path
 
 from linearize.plan import Plan
@@ -109,3 +110,23 @@ def test_a_model_without_attention_says_so_and_is_no_failure(run: Run, plain_mod
     result = run("inspect", "recurrent_model_of_a_user:Model")
     assert result.exit_code == 0, result.output
     assert "no softmax attention" in result.stdout
+
+
+def test_a_page_is_written_of_a_source_and_of_what_it_was_compiled_to(
+    run: Run, llama_dir: Path, compiled_dir: Path, tmp_path: Path
+) -> None:
+    source, compiled = tmp_path / "source.html", tmp_path / "compiled.html"
+    assert run("inspect", llama_dir, "--recipe", "window", "--html", source).exit_code == 0
+    result = run("inspect", compiled_dir, "--html", compiled)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {compiled}" in result.stdout.replace("\n", "")
+    assert {'data-graph="before"', 'data-graph="after"'} <= set(re.findall(r'data-graph="\w+"', source.read_text()))
+    assert set(re.findall(r'data-graph="\w+"', compiled.read_text())) == {'data-graph="after"'}
+
+
+def test_pipes_print_one_form_alone(run: Run, llama_dir: Path, compiled_dir: Path, tmp_path: Path) -> None:
+    assert run("inspect", llama_dir, "--dot").stdout.startswith('digraph "LlamaForCausalLM" {')
+    assert run("inspect", compiled_dir, "--svg").stdout.startswith("<svg ")
+    assert run("inspect", llama_dir, "--python").stdout.startswith("def LlamaForCausalLM(input_ids")
+    assert_one_error(run("inspect", llama_dir, "--dot", "--svg"), "choose one of --html, --dot, --svg and --python")
+    assert_one_error(run("inspect", llama_dir, "--html", tmp_path), "it is a directory, or in none")
