@@ -113,9 +113,9 @@ def explained(found: dict[str, dict[str, list[int]]]) -> str:
         values = [bytes_[0] for bytes_ in found[way].values()]
         changes.append(f"{way} {100 * (values[-1] / values[0] - 1):+.1f} %")
     about = (
-        "Each column is a process of its own; the numbers are its anonymous resident memory, most of which is Python and\n"
-        "torch. The source's cache is filled to the length and one token is decoded at it. A prompt is read in pieces of\n"
-        "2,048 tokens, so the first rows lie within its first piece.\n\n"
+        "Each column is a process of its own; the numbers are its anonymous resident memory, most of which is Python\n"
+        "and torch. The source's cache is filled to the length and one token is decoded at it. A prompt is read in\n"
+        "pieces of 2,048 tokens, so the first rows lie within its first piece.\n\n"
     )
     return f"{about}Change of the process's memory from the first row to the last: {', '.join(changes)}."
 
