@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def compile(
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
-    if plan is None and policy.wanted_scores() and calibration is not None:
+    if plan is None and policy.wanted_scores() and calibration is not None and not isinstance(calibration, Sequence):
         calibration = list(calibration)  # read twice: to score and to fit
     plan = plan or plan_sites(teacher, policy, calibration, seed, progress)
     plan.check([site.index for site in captured.matched])

@@ -1,10 +1,8 @@
-"""Token ids to fit on: batches that the user gives, a text file, or the teacher's own samples."""
+"""Token ids to fit on: checked, split by rows, and a part held out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,28 +42,6 @@ def checked_batches(
 def split_rows(batches: list[Tensor], size: int) -> list[Tensor]:
     """The same sequences in batches of at most `size` rows."""
     return [part for batch in batches for part in batch.split(size)]
-
-
-def read_text(path: str | Path, tokenizer: Any, length: int, tokens: int) -> list[Tensor]:
-    """Pack a UTF-8 text file into int64 rows [1, length], at most `tokens` tokens in all.
-
-    Raises:
-        DataError: the file cannot be read, is empty, is not text, or holds fewer than 2 tokens.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty; calibration needs text")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)[: max(tokens, 2)]
-    if ids.numel() < 2:
-        raise DataError(f"{path} holds {ids.numel()} token; calibration needs at least 2")
-    if ids.numel() < length:
-        return [ids[None]]
-    return list(ids[: ids.numel() // length * length].reshape(-1, 1, length))
 
 
 def held_out_split(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,8 +14,9 @@ from urllib.parse import urlparse
 from linearize.errors import ArtifactError, CaptureError, DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from linearize.calibration.sources import Source, TextRows
     from linearize.recipe import Fit
 
 DEMO = "demo"
@@ -114,23 +115,23 @@ def make_module(name: str) -> nn.Module:
     return model.eval()
 
 
-def read_calibration(file: Path, name: str, model: nn.Module, fit: Fit, tokens: int | None) -> list[Tensor]:
-    """A text file as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL.
+def read_calibration(sources: list[Source], name: str, model: nn.Module, fit: Fit, tokens: int | None) -> TextRows:
+    """Text as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL.
 
     Raises:
-        DataError: the model has no tokenizer, or the file is unusable.
+        DataError: the model has no tokenizer, or a source is unusable.
     """
-    import torch
-
-    from linearize.calibration.data import read_text
+    from linearize.calibration.sources import read_mixture
     from linearize.capture import hf
 
     location = locate(name)
     tokenizer = hf.load_tokenizer(location) if location is not None else None
     if tokenizer is None:
-        raise DataError(f"{name} has no tokenizer to read {file} with; call linearize.compile with token ids instead")
-    rows = read_text(file, tokenizer, min(fit.length, context_limit(model) or fit.length), tokens or fit.tokens)
-    return [torch.cat(rows[start : start + fit.batch]) for start in range(0, len(rows), fit.batch)]
+        raise DataError(
+            f"{name} has no tokenizer to read {sources[0].path} with; call linearize.compile with token ids instead"
+        )
+    length = min(fit.length, context_limit(model) or fit.length)
+    return read_mixture(sources, tokenizer, length, tokens or fit.tokens, fit.batch)
 
 
 def context_limit(model: nn.Module) -> int | None:
@@ -138,18 +139,3 @@ def context_limit(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return next((value for value in found if isinstance(value, int) and value > 1), None)
-
-
-def check_text(file: Path) -> None:
-    """Fail before the model is loaded when a calibration file cannot be used.
-
-    Raises:
-        DataError: it is missing, unreadable or empty.
-    """
-    try:
-        with file.open("rb") as stream:
-            empty = not stream.read(1)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-    if empty:
-        raise DataError(f"{file} is empty; calibration needs text")

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linearize.cli._mixers import Mixers
-from linearize.cli._models import MODEL_HELP, check_text, load_source, read_calibration
+from linearize.cli._models import MODEL_HELP, load_source, read_calibration
 from linearize.cli._shell import out, say
 
 if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
+
+DATA_HELP = (
+    "Text to fit on: a text file, JSON lines, or a folder of both; may be repeated, [b]corpus.txt=3[/b] has weight 3. "
+    "Without any the model's own samples are used."
+)
 
 
 def compile_model(
@@ -30,9 +35,7 @@ def compile_model(
         str,
         typer.Option("--recipe", "-r", help="A name, a name with options (lolcats{window=32}), or a .toml file."),
     ] = "auto",
-    data: Annotated[
-        Path | None, typer.Option(help="Text file to fit on. Without one the model's own samples are used.")
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help=DATA_HELP)] = None,
     tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens to fit on; 0 leaves the mixers at their start. By recipe.")
     ] = None,
@@ -52,8 +55,9 @@ def compile_model(
     from linearize.files import check_new_directory
 
     check_new_directory(output)
-    if data is not None:
-        check_text(data)
+    from linearize.calibration.sources import parse_source
+
+    sources = [parse_source(text) for text in data or []]
     import linearize
     from linearize.plan import Plan
     from linearize.recipe import Recipe
@@ -62,7 +66,7 @@ def compile_model(
     policy = policy if window is None else policy.with_options(window=window)
     chosen = Plan.load(plan) if plan is not None else None
     source = load_source(model)
-    calibration = read_calibration(data, model, source, policy.fit, tokens) if data is not None else None
+    calibration = read_calibration(sources, model, source, policy.fit, tokens) if sources else None
     started = time.perf_counter()
     if not quiet:
         say(f"compiling {type(source).__name__} with recipe {recipe}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearize.cli._mixers import Mixers
-from linearize.cli._models import MODEL_HELP, check_text, context_limit, load_source, locate
+from linearize.cli._models import MODEL_HELP, context_limit, load_source, locate
 from linearize.cli._shell import out
 from linearize.errors import ArtifactError, DataError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from linearize.calibration.evaluation import Suite
+    from linearize.calibration.sources import Source
     from linearize.runtime.model import LinearizedModel
 
 SITE_ROWS = 8
@@ -31,8 +32,11 @@ def evaluate(
         str, typer.Option("--against", metavar="MODEL", help=f"The model it was made from: {MODEL_HELP}")
     ],
     data: Annotated[
-        list[Path] | None,
-        typer.Option(help="Text file, a shard of its own; may be repeated. Without one: standard library sources."),
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text file, JSON lines or folder: a shard of its own; may be repeated. Without one: standard library.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of text a shard, and of recall a kind.")] = 16,
     length: Annotated[int, typer.Option(min=16, help="Tokens a row.")] = 512,
@@ -48,8 +52,9 @@ def evaluate(
     Perplexity by position and by shard, divergence and agreement, recall by distance beyond the window, and the error
     of every layer with and without its far field.
     """
-    for file in data or []:
-        check_text(file)
+    from linearize.calibration.sources import parse_source
+
+    sources = [parse_source(text) for text in data or []]
     import linearize
     from linearize.calibration.evaluation import evaluate_pair, evaluate_sites, warnings_of
     from linearize.progress import Progress
@@ -57,7 +62,7 @@ def evaluate(
     compiled = linearize.load(directory)
     source = load_source(against)
     check_pair(compiled, source, directory, against)
-    suite = made_suite(compiled, source, directory, against, data or [], rows, length)
+    suite = made_suite(compiled, source, directory, against, sources, rows, length)
     figures: dict[str, Any] = {"source": against, "compiled": directory.name, "length": length}
     figures["models"] = evaluate_pair(source, compiled, suite, Progress(not quiet))
     figures["models"]["compiled"]["state_bytes"] = compiled.state_bytes()
@@ -86,8 +91,9 @@ def check_pair(compiled: LinearizedModel, source: nn.Module, directory: Path, na
 
 
 def made_suite(
-    compiled: LinearizedModel, source: nn.Module, directory: Path, name: str, files: list[Path], rows: int, length: int
-) -> Suite:
+    compiled: LinearizedModel, source: nn.Module, directory: Path, name: str,
+    sources: list[Source], rows: int, length: int,
+) -> Suite:  # fmt: skip
     """Text by shard, cut to what the source can read, and recall beyond the widest window.
 
     Raises:
@@ -101,7 +107,7 @@ def made_suite(
     tokenizer = hf.load_tokenizer(directory) or (hf.load_tokenizer(location) if location is not None else None)
     if tokenizer is None:
         raise DataError(f"neither {directory} nor {name} has a tokenizer to read text with")
-    shards = read_shards(files, tokenizer, rows, length)
+    shards = read_shards(sources, tokenizer, rows, length)
     if compiled.vocab_size is None:
         return Suite(shards, [], [])
     windows = [entry.options.get("window", 0) for entry in compiled.plan.entries]
@@ -112,14 +118,12 @@ def made_suite(
     return Suite(shards, batches, edges)
 
 
-def read_shards(files: list[Path], tokenizer: Any, rows: int, length: int) -> dict[str, list[Tensor]]:
-    import torch
-
-    from linearize.calibration.data import read_text
+def read_shards(sources: list[Source], tokenizer: Any, rows: int, length: int) -> dict[str, list[Tensor]]:
     from linearize.calibration.demo import held_out_documents, text_rows
+    from linearize.calibration.sources import read_rows
 
-    if files:
-        return {str(file): [torch.cat(read_text(file, tokenizer, length, rows * length))] for file in files}
+    if sources:
+        return {str(one.path): [read_rows(one, tokenizer, length, rows * length)[0]] for one in sources}
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise DataError("this tokenizer has no tokens for the begin and end of a text; give text with --data FILE")
     return {"standard library": [text_rows(tokenizer, held_out_documents(), rows, length)]}

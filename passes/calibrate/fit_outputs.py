@@ -68,7 +68,11 @@ class CalibrateOutputs:
         self._fit_all(train, held, mixers, kept, progress)
 
     def _given(self, budget: int, longest: int | None) -> list[Tensor] | None:
-        self.report.data = "the teacher's own samples" if self.calibration is None else "given token ids"
+        self.report.data = (
+            "the teacher's own samples"
+            if self.calibration is None
+            else getattr(self.calibration, "description", "given token ids")
+        )
         if self.calibration is None:
             return None
         return checked_batches(self.calibration, self.teacher.vocab_size, budget, longest)

@@ -1,13 +1,11 @@
-"""Token ids to fit on: checked, packed, split so that nothing is both fitted on and measured."""
-
-from pathlib import Path
+"""Token ids to fit on: checked, split so that nothing is both fitted on and measured."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearize.calibration.data import checked_batches, held_out_split, read_text, split_rows
+from linearize.calibration.data import checked_batches, held_out_split, split_rows
 from linearize.errors import DataError
 
 
@@ -76,46 +74,3 @@ def test_batches_are_read_until_there_are_enough_tokens() -> None:
 def test_batches_that_make_no_sense_are_named(batches: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
         checked_batches(batches, vocab_size=3, tokens=100)
-
-
-class Letters:
-    """A tokenizer of single letters."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text]}
-
-
-@pytest.mark.parametrize(
-    ("length", "tokens", "rows", "row_length"), [(4, 99, 6, 4), (4, 10, 2, 4), (100, 99, 1, 26), (26, 99, 1, 26)]
-)
-def test_text_is_packed_in_order(tmp_path: Path, length: int, tokens: int, rows: int, row_length: int) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("abcdefghijklmnopqrstuvwxyz")
-    found = read_text(path, Letters(), length, tokens)
-    assert [tuple(row.shape) for row in found] == [(1, row_length)] * rows
-    together = torch.cat(found, dim=1)[0].tolist()
-    assert together == [ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz"][: len(together)]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "text.txt is empty; calibration needs text"),
-        (b" \n\t", "text.txt is empty"),
-        (b"a", "holds 1 token; calibration needs at least 2"),
-        (b"ab\xff", r"text.txt is not UTF-8 text \(byte 2\)"),
-    ],
-)
-def test_files_without_text_are_told(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_text(path, Letters(), 8, 100)
-
-
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*absent.txt: No such file"):
-        read_text(tmp_path / "absent.txt", Letters(), 8, 100)
-    with pytest.raises(DataError, match="Is a directory"):
-        read_text(tmp_path, Letters(), 8, 100)

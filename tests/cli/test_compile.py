@@ -112,7 +112,8 @@ def test_an_output_that_nobody_can_write_is_one_error(run: Run) -> None:
         (["--recipe", "missing.toml"], ["missing.toml"]),
         (["--plan", "missing.json"], ["missing.json"]),
         (["--data", "missing.txt"], ["missing.txt", "No such file"]),
-        (["--data", "/"], ["cannot read"]),
+        (["--data", "missing.jsonl:body=2"], ["missing.jsonl", "No such file"]),
+        (["--data", "missing.txt=0"], ["must be above zero"]),
     ],
 )
 def test_what_does_not_exist_is_one_error(run: Run, tmp_path: Path, options: list[str], parts: list[str]) -> None:
