@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.ops import OPERATORS
-from linearize.ops._library import LIBRARY
+from linearize.ops._library import BACKWARDS, LIBRARY
 
 REFERENCE = "reference"
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -61,6 +61,7 @@ class Choice:
 
 
 _KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {}
+_BACKWARD_KERNELS: dict[tuple[str, str], Kernel] = {}
 _INSTALLED: set[tuple[str, str]] = set()
 _RECORDS: list[list[Choice]] = []
 
@@ -74,6 +75,18 @@ def register(kernel: Kernel) -> Kernel:
     others = [known for known in kernels_for(kernel.op, kernel.device) if known.name != kernel.name]
     key = (kernel.op, kernel.device)
     _KERNELS[key] = tuple(sorted([*others, kernel], key=lambda known: -known.priority))
+    return kernel
+
+
+def register_backward(kernel: Kernel) -> Kernel:
+    """Let a kernel compute an operator's gradients; its `check` and `run` take (inputs, gradients of the outputs, which
+    inputs need one, keywords). Where it declines, the streamed form is recomputed and differentiated."""
+
+    def backward(*args: Any) -> Any:
+        return None if kernel.lacks() or kernel.check(*args) is not None else kernel.run(*args)
+
+    _BACKWARD_KERNELS[kernel.op, kernel.device] = kernel
+    BACKWARDS[kernel.op, kernel.device] = backward
     return kernel
 
 
@@ -97,7 +110,9 @@ def choose(
 
 def explain(op: str, device: str) -> list[tuple[str, str]]:
     """(name, "available" or why not) of each kernel of an operator, the reference last; for `linearize doctor`."""
-    rows = [(kernel.name, kernel.lacks() or "available") for kernel in kernels_for(op, device)]
+    backward = _BACKWARD_KERNELS.get((op, device))
+    kernels = [*kernels_for(op, device), *([backward] if backward else [])]
+    rows = [(kernel.name, kernel.lacks() or "available") for kernel in kernels]
     return [*rows, (REFERENCE, "available")]
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 
 from linearize.kernels import cpu
-from linearize.kernels.registry import Check, Kernel, register
+from linearize.kernels.registry import Check, Kernel, register, register_backward
 
 OLDEST_CAPABILITY = (8, 0)
 WIDEST, WIDEST_LATENT = 256, 640
@@ -82,6 +83,15 @@ def check_cache(q: torch.Tensor, cache: torch.Tensor, *rest: Any, **keywords: An
     return check_device(q) or check_dtypes(q, cache, cache)
 
 
+def check_gla_backward(
+    inputs: Sequence[Any], gradients: Sequence[Any], needed: Sequence[bool], keywords: dict[str, Any]
+) -> str | None:
+    """Under torch.compile the backward is traced, and a launch would not be: then PyTorch's own operators run."""
+    if detect_fake_mode(inputs) is not None:
+        return "traced by torch.compile"
+    return check_tokens(*inputs[:3])
+
+
 def check_device(q: torch.Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else OLDEST_CAPABILITY
     return None if capability >= OLDEST_CAPABILITY else f"compute capability {capability}, needs {OLDEST_CAPABILITY}"
@@ -104,6 +114,19 @@ HYBRID = _register("hybrid_chunk", 30, check_line, "hybrid", "hybrid_chunk")
 HYBRID_STEP = _register("hybrid_step", 30, check_hybrid_step, "hybrid_step", "hybrid_step")
 MLA_DECODE = _register("mla_decode", 30, check_cache, "mla", "mla_decode")
 SLOTS_BLOCK = _register("slots_block", 30, check_line, "slots", "slots_block")
+
+
+GLA_BACKWARD = register_backward(
+    Kernel(
+        "triton.gla_backward",
+        "gla_chunk",
+        "cuda",
+        30,
+        check_gla_backward,
+        later("gla_backward", "from_autograd"),
+        missing,
+    )
+)
 
 # The streamed forms for the CPU are plain PyTorch, so they run on a GPU as they are, with memory linear in T.
 PLAIN = (

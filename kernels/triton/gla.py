@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,7 +95,7 @@ def gla_state_kernel(
 def gla_output_kernel(
     q, k, v, g, h, o,
     scale, T, H, HS, R, N,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, h_k, h_v,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +116,9 @@ def gla_output_kernel(
         q_CK = tl.load(q + at[:, None] * q_t + rows[None, :], mask=real[:, None] & (rows < K)[None, :], other=0.0)
         k_KC = tl.load(k + rows[:, None] + at[None, :] * k_t, mask=(rows < K)[:, None] & real[None, :], other=0.0)
         h_KV = tl.load(
-            h + rows[:, None] * V + columns[None, :], mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0
-        )
+            h + rows[:, None] * h_k + columns[None, :] * h_v,
+            mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0,
+        )  # fmt: skip
         out = tl.dot(q_CK.to(h_KV.dtype), h_KV, acc=out, input_precision=PRECISION, out_dtype=ACC)
         scores = tl.dot(q_CK, k_KC, acc=scores, input_precision=PRECISION, out_dtype=ACC)
     i = tl.arange(0, C)
@@ -172,14 +174,16 @@ def states(k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, like: Tens
     return h, s
 
 
-def outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h: Tensor, scale: float) -> Tensor:
-    """o [B,T,H,V] from the states before each chunk."""
+def outputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h: Tensor, scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """o [B,T,H,V] from the states before each chunk, which may be a view of others with the last dims swapped."""
     q = _launch.inner_contiguous(q)
     (batch, length, heads, key_dim), kv_heads, value_dim, states = q.shape, k.shape[2], v.shape[3], h.shape[2]
-    o = q.new_empty(batch, length, heads, value_dim)
+    o = q.new_empty(batch, length, heads, value_dim, dtype=dtype or q.dtype)
     args = (
         q, k, v, k if g is None else g, h, o, scale, length, heads, states, heads // kv_heads, states // kv_heads,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gate_strides(g),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gate_strides(g), *h.stride()[3:],
     )  # fmt: skip
 
     def grid(config: Config) -> tuple[int, ...]:

@@ -44,6 +44,9 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+# (operator, device type): gradients by a kernel, (inputs, gradients of the outputs, which inputs need one, keywords) ->
+# as many gradients as inputs, or None where it declines. `linearize.kernels` fills it.
+BACKWARDS: dict[tuple[str, str], Form] = {}
 
 
 def define_operator(
@@ -60,7 +63,7 @@ def define_operator(
     LIBRARY.impl(name, composed or reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if "!" not in schema:
-        setup_context, backward = _recompute(streamed)
+        setup_context, backward = _recompute(name, streamed)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     overload = getattr(torch.ops.linearize, name).default
     operator = Operator(name, overload, reference, recurrence, streamed, composed or reference)
@@ -84,8 +87,9 @@ def require(condition: bool, operator: str, message: str) -> None:
         raise OperatorError(f"{NAMESPACE}::{operator}: {message}")
 
 
-def _recompute(function: Form) -> tuple[Form, Form]:
-    """(setup_context, backward) that save the inputs only and differentiate `function` on them again."""
+def _recompute(name: str, function: Form) -> tuple[Form, Form]:
+    """(setup_context, backward) that save the inputs only and differentiate `function` on them again, where no kernel
+    does it faster."""
 
     def setup_context(
         ctx: Any, inputs: Sequence[Any], output: Any, keyword_only_inputs: dict[str, Any] | None = None
@@ -100,6 +104,10 @@ def _recompute(function: Form) -> tuple[Form, Form]:
         inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
         passed = len(ctx.needs_input_grad)  # the dispatcher drops trailing arguments that equal their defaults
         needed = [*ctx.needs_input_grad, *(False for _ in inputs[passed:])]
+        kernel = BACKWARDS.get((name, inputs[0].device.type))
+        found = None if kernel is None else kernel(inputs, grad_outputs, needed, ctx.keywords)
+        if found is not None:
+            return tuple(found)[:passed]
         with torch.enable_grad():
             inputs = [_leaf(x, need) if isinstance(x, Tensor) else x for x, need in zip(inputs, needed, strict=True)]
             outputs = function(*inputs, **ctx.keywords)

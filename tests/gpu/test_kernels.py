@@ -126,6 +126,21 @@ def test_two_runs_give_the_same_bits(name):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_gradients_of_gated_linear_attention_equal_autograd(length, dtype):
+    op, args, keywords = gla(dtype, length, 64)
+    found, expected = (
+        torch.autograd.grad([x.double().square().sum() for x in form(*leaves, **keywords)], leaves)
+        for form, leaves in (
+            (OPERATORS[op].overload, [x.clone().requires_grad_() for x in args]),
+            (OPERATORS[op].streamed, [wide(x).clone().requires_grad_() for x in args]),
+        )
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 2 * BOUND[dtype] * b.norm() + 1e-6
+
+
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
 

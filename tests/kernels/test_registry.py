@@ -88,6 +88,7 @@ def test_explain_lists_the_kernels_and_the_reference_last():
         "fla.chunk_simple_gla",
         "torch.gla_step",
         "torch.gla_stream",
+        "triton.gla_backward",
         "reference",
     ]
 
