@@ -50,9 +50,11 @@ def export(
     Args:
         compiled: what `linearize.compile` or `linearize.load` returned, on the CPU in float32.
         directory: must not exist, or be empty. It appears complete or not at all.
-        format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files.
+        format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files. "torchscript": traces of
+            one token and of a piece, deprecated upstream. "pt2": a torch.export archive.
         portable: standard ONNX operators only; without it, onnxruntime's own where it has one.
         quantize: "int8", "int4" (fast natively) or "web" (fast in wasm): weights in fewer bits, the loss measured.
+        aoti: with "pt2", also a package compiled for this machine's CPU.
         genai: states as onnxruntime-genai carries them, and its `genai_config.json`.
 
     Returns:
@@ -81,8 +83,7 @@ def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> No
 
     interface = _interface(compiled, options.genai)
     write_onnx(compiled, folder, interface, options.portable)
-    for name, content in compiled.files.items():
-        (folder / name).write_bytes(content)
+    _copy_files(compiled, folder)
     if isinstance(interface, genai.Packed):
         genai.write_config(compiled, interface, folder)
     manifest = describe(compiled, folder, interface, PORTABLE if options.portable else NATIVE)
@@ -137,7 +138,30 @@ def compare(compiled: LinearizedModel, directory: str | Path) -> float:
     return check_parity(compiled, Path(directory), interface).largest_logit_difference
 
 
-WRITERS: dict[str, tuple[Writer, set[str]]] = {"onnx": (_write_onnx, {"portable", "genai", "quantize"})}
+def _write_torchscript(compiled: LinearizedModel, folder: Path, options: Options) -> None:
+    from linearize.export.torchscript import write_torchscript
+
+    write_torchscript(compiled, folder)
+    _copy_files(compiled, folder)
+
+
+def _write_pt2(compiled: LinearizedModel, folder: Path, options: Options) -> None:
+    from linearize.export.pt2 import write_pt2
+
+    write_pt2(compiled, folder, options.aoti)
+    _copy_files(compiled, folder)
+
+
+def _copy_files(compiled: LinearizedModel, folder: Path) -> None:
+    for name, content in compiled.files.items():
+        (folder / name).write_bytes(content)
+
+
+WRITERS: dict[str, tuple[Writer, set[str]]] = {
+    "onnx": (_write_onnx, {"portable", "genai", "quantize"}),
+    "pt2": (_write_pt2, {"aoti"}),
+    "torchscript": (_write_torchscript, set()),
+}
 
 
 def _writer(format: str, options: Options) -> Writer:

@@ -20,7 +20,7 @@ def export_model(
             "--output", "-o", metavar="DIR", help="Directory to write; it must not exist yet.", show_default=False
         ),
     ],
-    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx.")] = "onnx",
+    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx, torchscript or pt2.")] = "onnx",
     portable: Annotated[
         bool, typer.Option("--portable", help="Standard ONNX operators only, none of onnxruntime's own.")
     ] = False,
@@ -35,6 +35,7 @@ def export_model(
             show_default=False,
         ),
     ] = None,
+    aoti: Annotated[bool, typer.Option("--aoti", help="With pt2: also a package compiled for this CPU.")] = False,
     mixers: Mixers = None,
 ) -> None:
     """Write a compiled model in another format, and check the file against PyTorch.
@@ -51,7 +52,7 @@ def export_model(
     compiled = linearize.load(directory)
     say(f"exporting {compiled.program.model_name} to {form} and checking it")
     started = time.perf_counter()
-    path = linearize.export(compiled, output, format=form, portable=portable, genai=genai, quantize=quantize)
+    path = linearize.export(compiled, output, format=form, portable=portable, genai=genai, quantize=quantize, aoti=aoti)
     console = out()
     for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
         console.print(f"{file.stat().st_size:>12,}  {file}", soft_wrap=True)

@@ -36,7 +36,7 @@ class Airy(Plain):
 
 
 def test_an_unknown_format_lists_the_known_ones(compiled, tmp_path):
-    with pytest.raises(ExportError, match="no export format 'tflite'; there are onnx"):
+    with pytest.raises(ExportError, match="no export format 'tflite'; there are onnx, pt2, torchscript"):
         linearize.export(compiled, tmp_path / "out", format="tflite")
 
 
