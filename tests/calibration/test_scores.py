@@ -14,7 +14,8 @@ import linearize
 from linearize.api import plan_sites
 from linearize.calibration import scores as scores_module
 from linearize.calibration.fit import output_error
-from linearize.calibration.scores import site_scores, tokens_key
+from linearize.calibration.keys import tokens_key
+from linearize.calibration.scores import site_scores
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import RecipeError
 from linearize.mixers import build_mixer
