@@ -8,6 +8,7 @@ token. TorchScript is deprecated upstream (torch.jit warns of it): for new work 
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -76,13 +77,13 @@ def write_torchscript(compiled: LinearizedModel, folder: Path) -> None:
     differences = {}
     for name, length in ((STEP_FILE, 1), (PIECE_FILE, PIECE)):
         traced = trace(compiled, length)
-        torch.jit.save(traced, str(folder / name))
+        _save(traced, folder / name)
         differences[name] = check(compiled, torch.jit.load(str(folder / name)), length)
     positions = POSITIONS in compiled.program.input_names()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = torch.jit.script(Start(PIECE, positions, [spec.zeros(1) for spec in compiled.state_specs]))
-    torch.jit.save(start, str(folder / STATES_FILE))
+    _save(start, folder / STATES_FILE)
     manifest = {
         "format": 1,
         "kind": "linearized-torchscript",
@@ -101,6 +102,13 @@ def write_torchscript(compiled: LinearizedModel, folder: Path) -> None:
         "verified": {"largest_logit_difference": max(differences.values()), "tolerance": TOLERANCE},
     }  # fmt: skip
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+
+def _save(program: torch.jit.ScriptModule, path: Path) -> None:
+    """Through memory: writing to a full disk, torch.jit.save ends the process instead of raising."""
+    buffer = io.BytesIO()
+    torch.jit.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def trace(compiled: LinearizedModel, length: int) -> torch.jit.ScriptModule:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from linearize.errors import ArtifactError
 from linearize.export.names import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def move_weights(model: ir.Model, folder: Path) -> None:
     stored = first_of_each_content(values)
     path = folder / WEIGHTS_FILE
     tensors = {name: _as_torch(value.const_value) for name, value in values.items() if stored[name] == name}
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ArtifactError(f"cannot write the weights beside {folder.parent}: {error}") from error
     path.chmod(0o644)
     ranges = read_ranges(path)
     for name, value in values.items():

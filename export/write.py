@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import ExportError
+from linearize.errors import ArtifactError, ExportError
 from linearize.export.names import CONTRIB, GRAPH_FILE, MANIFEST_FILE, NATIVE, PORTABLE, WEIGHTS_FILE
 from linearize.export.weights import sha256
 from linearize.files import check_new_directory, new_directory
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from linearize.export.interface import Interface
     from linearize.runtime.model import LinearizedModel
 
+MARGIN = 16 << 20  # the graph, tokenizer files and manifest
 QUANTIZE = ("int8", "int4", "web")
 Writer = Callable[["LinearizedModel", Path, "Options"], None]
 
@@ -69,6 +70,7 @@ def export(
     writer = _writer(format, options)
     check_exportable(compiled)
     check_new_directory(directory)
+    check_room(compiled, Path(directory), options)
     with new_directory(directory) as folder:
         writer(compiled, folder, options)
     return Path(directory)
@@ -175,6 +177,25 @@ def _writer(format: str, options: Options) -> Writer:
         known = ", ".join(sorted(takes)) or "no option"
         raise ExportError(f"the format {format} does not take {alien[0]}; it takes {known}")
     return writer
+
+
+def check_room(compiled: LinearizedModel, directory: Path, options: Options) -> None:
+    """Refuse before the work what the disk has no room for: the weights, twice where both forms lie there for a while.
+
+    Raises:
+        ArtifactError: naming what is needed and what is free.
+    """
+    place = directory
+    while not place.exists():
+        place = place.parent
+    copies = 2 if options.quantize is not None or options.aoti else 1
+    needed = MARGIN + copies * sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ArtifactError(
+            f"{place} has {free / 2**20:,.0f} MiB free, and exporting needs about {needed / 2**20:,.0f}; "
+            "nothing was written"
+        )
 
 
 def check_exportable(compiled: object) -> None:

@@ -74,6 +74,51 @@ def test_an_operator_without_an_onnx_form_is_named_with_its_layer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_without_room_is_refused_before_any_work(compiled, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: pytest.fail("worked before checking"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
+    with pytest.raises(ArtifactError, match=r"has 1 MiB free, and exporting needs about 16; nothing was written"):
+        linearize.export(compiled, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(compiled, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from linearize.export import weights
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(ArtifactError, match=r"cannot write the weights .*No space left on device"):
+        linearize.export(compiled, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "reason"),
+    [
+        ("torchscript", {"portable": True}, "the format torchscript does not take portable; it takes no option"),
+        ("pt2", {"quantize": "int8"}, "the format pt2 does not take quantize; it takes aoti"),
+        ("onnx", {"aoti": True}, "the format onnx does not take aoti; it takes genai, portable, quantize"),
+    ],
+)
+def test_an_option_of_another_format_is_named(compiled, tmp_path, form, options, reason):
+    with pytest.raises(ExportError, match=reason):
+        linearize.export(compiled, tmp_path / "out", format=form, **options)
+
+
+def test_a_growing_state_is_refused_for_torchscript_by_name(tmp_path):
+    kept = linearize.compile(Plain(positions=64).eval(), "none", tokens=0, progress=False)
+    with pytest.raises(ExportError, match=r"layers_0_cache_k grows with the context; export to onnx or pt2"):
+        linearize.export(kept, tmp_path / "out", format="torchscript")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_disagrees_is_not_left_behind(compiled, tmp_path, monkeypatch):
     def spoil(model):
         table = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)
