@@ -64,3 +64,8 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
         return view
 
     assert peak_bytes(two_alive, torch.device("cpu")) == 2 * 4000
+
+
+def test_peak_bytes_does_not_count_views_of_what_was_there() -> None:
+    weight = torch.ones(100, 100)
+    assert peak_bytes(lambda: torch.ones(1, 100) @ weight.t(), torch.device("cpu")) == 2 * 400
