@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +16,7 @@ from linearize.huggingface.config import LinearizedConfig
 from linearize.huggingface.loading import as_directory, check_dtype, generation_config_of, place
 from linearize.passes.lower.raise_linears import RaiseLinears
 from linearize.pipeline import run_pipeline
+from linearize.rewriting.editor import retarget
 from linearize.runtime.config_json import config_json
 from linearize.runtime.engine import Engine
 from linearize.runtime.generate import prompt_pieces
@@ -40,6 +41,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
     _supports_sdpa = True  # of the softmax layers that were kept; nothing to choose
     compiled: LinearizedModel
+    raised: fx.GraphModule
 
     def __init__(self, config: LinearizedConfig, compiled: LinearizedModel | None = None) -> None:
         if compiled is None:
@@ -51,7 +53,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         raised = run_pipeline(compiled.program, [RaiseLinears(lambda out, into: Conv1D(out, into))], "structure")
         self._adopt(raised.module)
         object.__setattr__(self, "compiled", compiled)  # not a submodule: its parameters are ours
-        self.graph_forward = type(raised.module).forward
+        object.__setattr__(self, "raised", raised.module)  # whose code we run, and whose parameters are ours
         self.engine = Engine(raised)
         self.post_init()
         self.all_tied_weights_keys = tied_names(self)
@@ -69,7 +71,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             self.add_module(name, child)
 
     def _graph(self, *inputs: Tensor) -> Any:
-        return self.graph_forward(self, *inputs)
+        return type(self.raised).forward(self, *inputs)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            retarget(self.raised, self.device)
+        return self
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from linearize.program import StateTensor
@@ -33,6 +34,17 @@ def release(graph: fx.Graph) -> None:
     """Nothing is kept any longer."""
     for node in graph.nodes:
         node.meta.pop(KEPT, None)
+
+
+def retarget(module: fx.GraphModule, device: torch.device) -> None:
+    """Constants that the graph makes (aranges, zeros) are made on `device`, where its parameters have moved."""
+    changed = False
+    for node in module.graph.nodes:
+        if node.kwargs.get("device", device) not in (None, device):
+            node.update_kwarg("device", device)
+            changed = True
+    if changed:
+        module.recompile()
 
 
 class Editor:

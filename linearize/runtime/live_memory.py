@@ -13,34 +13,31 @@ from torch.utils._pytree import tree_leaves
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make, each until it is freed; views of what was there before count nothing.
-    What an operator of ours allocates and frees within itself is not seen."""
+    """Counts the storages that operators make, each until it is freed; what was there before counts only when it is
+    freed. What an operator of ours allocates and frees within itself is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak = 0, 0
         self.known: dict[int, Any] = {}
-        self.there_before: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in self.known:
-                self.there_before.add(key)
+        self._see((args, kwargs), new=False)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
+        self._see(result, new=True)
         return result
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known or key in self.there_before:
-            return
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self.known[key] = weakref.finalize(storage, self._drop, key, size)
+    def _see(self, tree: Any, new: bool) -> None:
+        for leaf in tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.known:
+                continue
+            self.now += size if new else 0
+            self.peak = max(self.peak, self.now)
+            self.known[key] = weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self.known.pop(key, None)

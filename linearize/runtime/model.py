@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from linearize.errors import ArtifactError
 from linearize.plan import Plan
 from linearize.program import Program, StateTensor
 from linearize.report import Report
+from linearize.rewriting.editor import retarget
 from linearize.runtime.compiled_step import CompiledStep
 from linearize.runtime.engine import Engine
 from linearize.runtime.generate import Sampling, generate, prefill
@@ -108,6 +110,16 @@ class LinearizedModel(nn.Module):
         in torch's cache on disk), as a CUDA graph on a GPU. Tokens stay the same. Where it cannot be compiled steps run
         as before and `compiled_step.reason` says why."""
         self.compiled_step = CompiledStep(self.graph_module, self.engine.grows)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearizedModel:
+        """`to`, `cuda`, ...: the constants that the graph makes move along with the parameters."""
+        before = self.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device != before:
+            retarget(self.graph_module, self.device)
+            if self.compiled_step is not None:
+                self.compile_step()
         return self
 
     def _run(self, *inputs: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from linearize.errors import StateError
+from linearize.huggingface.model import LinearizedForCausalLM
 from linearize.runtime.generate import LOGITS_OF_A_PIECE, PREFILL_PIECE, Sampling, prompt_pieces, stream
 from linearize.runtime.state import State
 from tests import zoo
@@ -91,12 +93,18 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
         model.load_state(tmp_path / "other.safetensors")
 
 
-def test_decoding_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device a value cannot be read, so whatever would wait raises."""
-    import copy
-
-    model = copy.deepcopy(zoo.compiled("llama", RECIPE))
+@pytest.mark.parametrize("name", ["llama", "position_parameter", "nano_gpt"])
+def test_decoding_does_not_wait_for_the_device_to_which_a_model_has_moved(name: str) -> None:
+    """On the meta device a value cannot be read, so whatever would wait raises, as does a constant left on the CPU."""
+    model = copy.deepcopy(zoo.compiled(name, RECIPE))
     _, state = model.prefill(zoo.tokens(2, 4))
     meta = model.to("meta")
     logits, after = meta.decode(torch.zeros(2, dtype=torch.int64, device="meta"), state.to("meta"))
     assert (logits.shape, after.tokens, logits.device.type) == ((2, zoo.VOCAB), 5, "meta")
+
+
+def test_a_transformers_model_moves_with_its_constants() -> None:
+    model = LinearizedForCausalLM.of(copy.deepcopy(zoo.compiled("nano_gpt", RECIPE))).to("meta")
+    ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    logits, _ = model.engine.call(model._graph, ids, torch.ones_like(ids), ids, model.engine.empty(1, model.device))
+    assert logits.device.type == "meta"
