@@ -192,7 +192,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             return
         given = kwargs.get("state_dict")
         state_dict = {**self.state_dict(), **(given or {})}
-        self.compiled.files["generation_config.json"] = (self.generation_config.to_json_string() + "\n").encode()
+        written = (self.generation_config.to_json_string() + "\n").encode()
+        self.compiled.files = {**self.compiled.files, "generation_config.json": written}
         save_over(self.compiled, save_directory, state_dict)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from linearize.runtime.model import LinearizedModel
 from linearize.serving.app import Limits, Service
 from tests import zoo
 
@@ -33,6 +35,13 @@ class Characters:
         if any(message["role"] not in ("user", "assistant") for message in messages):
             raise ValueError("roles alternate")
         return "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
+
+
+def endless(name: str, recipe: str) -> LinearizedModel:
+    """The zoo's model without a token that ends its texts: what it says has the length that is asked for."""
+    model = copy.deepcopy(zoo.compiled(name, recipe))
+    model.files = {}
+    return model
 
 
 class Server:
@@ -67,7 +76,7 @@ def serve() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(recipe: str = RECIPE, name: str = "llama", key: str | None = None, **limits: Any) -> Server:
-        service = Service(zoo.compiled(name, recipe), Characters(), "tiny", Limits(**limits), key)
+        service = Service(endless(name, recipe), Characters(), "tiny", Limits(**limits), key)
         servers.append(Server(service))
         return servers[-1]
 

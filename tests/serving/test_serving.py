@@ -128,6 +128,17 @@ def test_a_stop_string_ends_the_text_before_it(serve: Serve) -> None:
     server.wait_until_idle()
 
 
+def test_a_token_that_ends_a_text_ends_it_and_is_not_shown(serve: Serve) -> None:
+    server, whole = serve(), expected("abc", 30)
+    end = whole[9]
+    content = json.dumps({"eos_token_id": [ord(end) - 32]}).encode()
+    server.service.model.files = {"generation_config.json": content}
+    answer = ask(server.url, prompt="abc", max_tokens=30).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(end)], "stop")
+    assert answer["usage"]["completion_tokens"] == whole.index(end) + 1
+
+
 def test_a_seed_repeats_a_sample_whatever_runs_beside_it(serve: Serve) -> None:
     server = serve()
     options = {"prompt": "abc", "max_tokens": 12, "temperature": 1.5, "top_p": 0.9}
@@ -187,9 +198,9 @@ def test_what_makes_no_sense_is_refused_by_name(garbage_server: str, body: Any, 
 @pytest.fixture(scope="module")
 def garbage_server() -> Any:
     from linearize.serving.app import Limits, Service
-    from tests.serving.conftest import Server
+    from tests.serving.conftest import Server, endless
 
-    server = Server(Service(zoo.compiled("llama", RECIPE), Characters(), "tiny", Limits(prompt_tokens=200)))
+    server = Server(Service(endless("llama", RECIPE), Characters(), "tiny", Limits(prompt_tokens=200)))
     yield server.url
     server.stop()
 
