@@ -81,14 +81,15 @@ def _built(compiler: str, source: Path) -> Path:
     return made
 
 
-def run(function: Any, tensors: Sequence[Tensor | None], sizes: Sequence[int], reals: Sequence[float] = ()) -> None:
-    """Call a function of a library as `vector.h` says: pointers (NULL for None), int64 sizes, doubles."""
+def run(function: Any, tensors: Sequence[Tensor | None], sizes: Sequence[int], reals: Sequence[float] = ()) -> int:
+    """Call a function of a library as `vector.h` says: pointers (NULL for None), int64 sizes, doubles. Returns its int."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    function(
+    status: int = function(
         (ctypes.c_void_p * len(pointers))(*pointers),
         (ctypes.c_int64 * len(sizes))(*sizes),
         (ctypes.c_double * len(reals))(*reals),
     )
+    return status
 
 
 def plain(tensor: Tensor | None) -> Tensor | None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from linearize.kernels.cpu.native import library
 from linearize.ops.slot_merge import RESOLUTION, coarse, features
 
+MOST_ITEMS = 2 * 65535  # C keeps an index in the 16 bits below a cost
+
 
 def merge_full(
     x: Tensor,
@@ -26,7 +28,7 @@ def merge_full(
     lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B,G,L,D], n [B,G,L], all counts positive -> means [B,G,C,D] and counts [B,G,C] of the last of `sizes`."""
-    if metric is None and lam is None and x.dtype == torch.float32:
+    if metric is None and lam is None and x.dtype == torch.float32 and x.shape[2] <= MOST_ITEMS:
         native = library("slots")
         if native is not None:
             return _in_c(native, x.contiguous(), n.contiguous(), key_dim, sizes, sinks)
@@ -38,12 +40,12 @@ def _in_c(
 ) -> tuple[Tensor, Tensor]:
     """`merge_full` by `slots.c`; writes to x and n."""
     (batch, heads, items, width), long = x.shape, ctypes.c_int64
-    scratch, numbers = torch.empty((key_dim + 3) * items), torch.empty(2 * items, dtype=torch.int64)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, n, scratch, numbers)]
-    native.merge_full(
-        *pointers[:2], long(batch * heads), long(items), long(width), long(key_dim),
-        (long * len(sizes))(*sizes), long(len(sizes)), long(sinks), *pointers[2:],
+    failed = native.merge_full(
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(n.data_ptr()), long(batch * heads), long(items), long(width),
+        long(key_dim), (long * len(sizes))(*sizes), long(len(sizes)), long(sinks),
     )  # fmt: skip
+    if failed:
+        raise MemoryError("linearize: no memory to merge slots in")
     return x[:, :, : sizes[-1]], n[:, :, : sizes[-1]]
 
 

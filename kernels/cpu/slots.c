@@ -12,8 +12,8 @@ static void pair(float *x, const float *k, const float *v, int64_t count, int64_
 }
 
 /* t: q k v mask before ring_k ring_v slot_k slot_v slot_n, out: o ring_k ring_v slot_k slot_v slot_n, scratch
-      [(C+w)(2d+V+4)], numbers [2(C+w)].  n: B H G d V w C sinks rounds sizes...  r: scale, decay */
-void slots_step(void **t, const int64_t *n, const double *r) {
+      [(C+w)(d+V+1)].  n: B H G d V w C sinks rounds sizes...  r: scale, decay */
+int slots_step(void **t, const int64_t *n, const double *r) {
     int64_t B = n[0], H = n[1], G = n[2], d = n[3], V = n[4], w = n[5], C = n[6], R = H / G, columns = 2 * w;
     for (int64_t b = 0; b < B; b++) {
         int64_t p = I(4)[b], real = ((uint8_t *)t[3])[b], block = p / w, at = p % columns;
@@ -59,7 +59,7 @@ void slots_step(void **t, const int64_t *n, const double *r) {
                 }
                 continue;
             }
-            float *x = F(16), *counts = x + (C + w) * (d + V), *rest = counts + C + w;
+            float *x = F(16), *counts = x + (C + w) * (d + V);
             pair(x, slot_k, slot_v, C, d, V);
             for (int64_t c = 0; c < C; c++) counts[c] = slot_n[c] * (c < n[7] ? 1.0f : (float)r[1]);
             for (int64_t i = 0; i < w; i++) {
@@ -67,7 +67,7 @@ void slots_step(void **t, const int64_t *n, const double *r) {
                 pair(x + (C + i) * (d + V), ring_k + from * d, ring_v + from * V, 1, d, V);
                 counts[C + i] = 1.0f;
             }
-            merge_full(x, counts, 1, C + w, d + V, d, n + 9, n[8], n[7], rest, I(17));
+            if (merge_full(x, counts, 1, C + w, d + V, d, n + 9, n[8], n[7])) return 1;
             for (int64_t c = 0; c < C; c++) {
                 memcpy(new_k + c * d, x + c * (d + V), (size_t)d * sizeof(float));
                 memcpy(new_v + c * V, x + c * (d + V) + d, (size_t)V * sizeof(float));
@@ -75,4 +75,50 @@ void slots_step(void **t, const int64_t *n, const double *r) {
             }
         }
     }
+    return 0;
+}
+
+/* What S blocks read, items [S,N,C+2w,D] = [slots ; the block before ; their own] and counts [S,N,C], with the slots
+   x [N,C,D], count [N,C] moved on after each block that is complete; N kv heads of rows that all stand at one place.
+   t: line x count items counts.  n: N L D d w C sinks, the first block of the line, S, how many tokens have joined,
+      the row's number of the line's first block, how many blocks of the line are complete, rounds sizes...  r: decay
+   Returns how many blocks it did: it stops before a join that only just fills the slots, or S, or -1 without memory. */
+int slots_advance(void **t, const int64_t *n, const double *r) {
+    int64_t N = n[0], L = n[1], D = n[2], d = n[3], w = n[4], C = n[5], sinks = n[6], first = n[7], S = n[8];
+    int64_t joined = n[9], wide = (C + 2 * w) * D, done = 0;
+    float *room = malloc((size_t)((C + w) * (D + 1)) * sizeof(float)), *counts = room + (C + w) * D;
+    bench s;
+    void *tools = make_bench(C + w, d, &s);
+    if (!room || !tools) return free(room), free(tools), -1;
+    for (; done < S; done++) {
+        int64_t block = first + done, joins = block < n[11] && n[10] + block >= 1;
+        for (int64_t h = 0; h < N; h++) {
+            float *items = F(3) + (done * N + h) * wide;
+            memcpy(items, F(1) + h * C * D, (size_t)(C * D) * sizeof(float));
+            memcpy(items + C * D, F(0) + (h * L + block * w) * D, (size_t)(2 * w * D) * sizeof(float));
+            memcpy(F(4) + (done * N + h) * C, F(2) + h * C, (size_t)C * sizeof(float));
+        }
+        if (!joins) continue;
+        if (joined < C && joined + w > C) break;
+        for (int64_t h = 0; h < N; h++) {
+            float *x = F(1) + h * C * D, *count = F(2) + h * C;
+            const float *left = F(0) + (h * L + block * w) * D;
+            if (joined < C) {
+                memcpy(x + joined * D, left, (size_t)(w * D) * sizeof(float));
+                for (int64_t i = 0; i < w; i++) count[joined + i] = 1.0f;
+                continue;
+            }
+            memcpy(room, x, (size_t)(C * D) * sizeof(float));
+            memcpy(room + C * D, left, (size_t)(w * D) * sizeof(float));
+            for (int64_t c = 0; c < C + w; c++)
+                counts[c] = c >= C ? 1.0f : count[c] * (c < sinks ? 1.0f : (float)r[0]);
+            merge_head(room, counts, C + w, D, d, n + 13, n[12], sinks, &s);
+            memcpy(x, room, (size_t)(C * D) * sizeof(float));
+            memcpy(count, counts, (size_t)C * sizeof(float));
+        }
+        joined += w;
+    }
+    free(room);
+    free(tools);
+    return (int)done;
 }

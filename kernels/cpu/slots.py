@@ -7,11 +7,13 @@ blocks of its own ranks, so that rows at different places of a block stand side 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from linearize.kernels.cpu.native import library, run
 from linearize.kernels.cpu.slot_merge import merge_full
 from linearize.kernels.registry import Kernel, always, register
 from linearize.ops._library import accumulation_dtype
@@ -162,13 +164,7 @@ def _read_blocks(q: Tensor, line: Tensor, slots: _Slots, ends: list[int], first:
         size = min(at_once, length // window - start)
         items = q.new_empty(size, batch, kv_heads, columns, width)
         counts = q.new_empty(size, batch, kv_heads, count)
-        for s in range(size):
-            block = start + s
-            items[s, :, :, :count], counts[s] = slots.x, slots.n
-            items[s, :, :, count:] = line[:, :, block * window : (block + 2) * window]
-            rows = [b for b, end in enumerate(ends) if (block + 1) * window <= end and first[b] + block >= 1]
-            if rows:
-                slots.join(rows, line[:, :, block * window : (block + 1) * window])
+        _advance(items, counts, line, slots, ends, first, window, start)
         flat = items.view(-1, columns, width)
         reader = q[start : start + size].reshape(flat.shape[0], -1, head_dim)
         scores = torch.bmm(reader, flat[..., :head_dim].mT)
@@ -181,6 +177,48 @@ def _read_blocks(q: Tensor, line: Tensor, slots: _Slots, ends: list[int], first:
         mixed = torch.bmm(torch.softmax(scores, dim=-1), flat[..., head_dim:])
         o_SBGRWV[start : start + size] = mixed.view(size, batch, kv_heads, -1, window, value_dim)
     return o
+
+
+def _advance(
+    items: Tensor, counts: Tensor, line: Tensor, slots: _Slots, ends: list[int], first: list[int], window: int,
+    start: int,
+) -> None:  # fmt: skip
+    """What the blocks from `start` on read, items [S,B,G,C+2w,D] and counts [S,B,G,C]; the slots move past them."""
+    count, done = slots.n.shape[2], 0
+    native = library("slots") if items.dtype == torch.float32 and len(set(ends)) == 1 == len(set(first)) else None
+    while done < len(items):
+        if native is not None:
+            done += _advance_in_c(
+                native, items[done:], counts[done:], line, slots, ends[0], first[0], window, start + done
+            )
+            if done == len(items):
+                return
+        block = start + done
+        items[done, :, :, :count], counts[done] = slots.x, slots.n
+        items[done, :, :, count:] = line[:, :, block * window : (block + 2) * window]
+        rows = [b for b, end in enumerate(ends) if (block + 1) * window <= end and first[b] + block >= 1]
+        if rows:
+            slots.join(rows, line[:, :, block * window : (block + 1) * window])
+        done += 1
+
+
+def _advance_in_c(
+    native: ctypes.CDLL, items: Tensor, counts: Tensor, line: Tensor, slots: _Slots, end: int, first: int, window: int,
+    start: int,
+) -> int:  # fmt: skip
+    """The blocks that `slots.c` did: all, or those before the one whose join only just fills the slots."""
+    policy, (batch, kv_heads, count, width) = slots.policy, slots.x.shape
+    x, n, before = slots.x.contiguous().clone(), slots.n.contiguous().clone(), slots.joined[0]
+    sizes = (
+        batch * kv_heads, line.shape[2], width, slots.key_dim, window, count, policy.sinks, start, len(items),
+        before, first, end // window, len(policy.sizes), *policy.sizes,
+    )  # fmt: skip
+    done = run(native.slots_advance, (line, x, n, items, counts), sizes, (policy.decay,))
+    if done < 0:
+        raise MemoryError("linearize::slots_chunk: no memory to merge slots in")
+    joins = sum((block + 1) * window <= end and first + block >= 1 for block in range(start, start + done))
+    slots.x, slots.n, slots.joined = x, n, [before + joins * window] * batch
+    return done
 
 
 def step(

@@ -48,11 +48,10 @@ def step(
     )
     items = count + window
     sizes = round_sizes(items, count, sinks, rounds)
-    scratch = torch.empty(items * (2 * key_dim + value_dim + 4))
-    numbers = torch.empty(2 * items, dtype=torch.int64)
-    tensors = (*[plain(x) for x, _ in inputs], *outputs, scratch, numbers)
+    tensors = (*[plain(x) for x, _ in inputs], *outputs, torch.empty(items * (key_dim + value_dim + 1)))
     counts = (batch, heads, kv_heads, key_dim, value_dim, window, count, sinks, len(sizes), *sizes)
-    run(library("slots").slots_step, tensors, counts, (scale, decay))  # type: ignore[union-attr]
+    if run(library("slots").slots_step, tensors, counts, (scale, decay)):  # type: ignore[union-attr]
+        raise MemoryError("linearize::slots_chunk: no memory to merge slots in")
     return outputs  # type: ignore[return-value]
 
 
