@@ -337,7 +337,7 @@ def page(report: dict[str, Any], rows: list[Row]) -> str:
     ]
     paragraphs = [
         "# Kernels on a CPU: figures",
-        "Written by the run itself. One thread, float32, batch 1, 8 heads of 64, window 64, 128 features, blocks of 32.",
+        "Written by the run itself: one thread, float32, batch 1, 8 heads of 64; window 64, 128 features, blocks 32.",
         f"```console\n$ {COMMAND}\n```",
         f"{described}.",
         "A ratio above 1 is faster than SDPA: causal over as many tokens; a step, one query over a cache of 8,192.",

@@ -82,7 +82,7 @@ def _built(compiler: str, source: Path) -> Path:
 
 
 def run(function: Any, tensors: Sequence[Tensor | None], sizes: Sequence[int], reals: Sequence[float] = ()) -> int:
-    """Call a function of a library as `vector.h` says: pointers (NULL for None), int64 sizes, doubles. Returns its int."""
+    """Call a function of a library as `vector.h` says: pointers (NULL for None), int64 sizes, doubles. Its int."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     status: int = function(
         (ctypes.c_void_p * len(pointers))(*pointers),
