@@ -71,12 +71,12 @@ def assert_near(found, expected, mask):
 
 
 @st.composite
-def calls(draw):
+def calls(draw, dtype=torch.float64):
     window, sinks = draw(st.integers(1, 9)), draw(st.integers(0, 3))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 2), (1, 4)]))
     return make_call(
-        seed=draw(st.integers(0, 2**20)), batch=draw(st.integers(1, 3)), window=window, kv_heads=kv_heads, group=group,
-        length=draw(st.one_of(st.just(1), st.integers(1, 40))), slots=draw(st.integers(max(1, 2 * sinks), 12)),
+        seed=draw(st.integers(0, 2**20)), dtype=dtype, batch=draw(st.integers(1, 3)), window=window,
+        kv_heads=kv_heads, group=group, length=draw(st.one_of(st.just(1), st.integers(1, 40))), slots=draw(st.integers(max(1, 2 * sinks), 12)),
         sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])), padding=draw(st.booleans()),
         warm=draw(st.sampled_from([0, 7, 30])), decay=draw(st.sampled_from([1.0, 0.75])),
     )  # fmt: skip
@@ -95,6 +95,20 @@ def test_every_form_equals_the_recurrence(call):
 def test_pieces_and_single_steps_equal_one_call(call, piece):
     length = call["q"].shape[1]
     expected = slots_chunk(**call)
+    for size in (piece, 1):
+        whole, rest = divmod(length, size)
+        assert_near(in_pieces(call, [size] * whole + [rest] * bool(rest)), expected, call["mask"])
+
+
+@settings(max_examples=15)
+@given(calls(dtype=torch.float32), st.integers(1, 9))
+def test_in_float32_pieces_and_steps_in_c_equal_the_recurrence(call, piece):
+    """Merges may differ where costs nearly tie, so tokens are drawn on a coarse grid, where sums are exact."""
+    for name in ("q", "k", "v"):
+        call[name] = (4 * call[name]).round() / 4
+    length = call["q"].shape[1]
+    expected = truth(**call)
+    assert_near(slots_chunk(**call), expected, call["mask"])
     for size in (piece, 1):
         whole, rest = divmod(length, size)
         assert_near(in_pieces(call, [size] * whole + [rest] * bool(rest)), expected, call["mask"])
