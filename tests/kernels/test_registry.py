@@ -33,9 +33,12 @@ def answering(value, **fields):
     return replace(GLA_STREAM, **{"name": f"test.{value}", "priority": 100, "run": run} | fields)
 
 
+REFERENCE_IS_ENOUGH = {"short_conv"}  # one product a tap: linear in the length, and nothing to fuse in PyTorch
+
+
 def test_every_operator_has_a_cpu_kernel():
     for op in OPERATORS:
-        assert kernels_for(op, "cpu"), op
+        assert kernels_for(op, "cpu") or op in REFERENCE_IS_ENOUGH, op
 
 
 def test_the_kernel_with_the_highest_priority_runs():

@@ -76,9 +76,9 @@ def calls(draw, dtype=torch.float64):
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 2), (1, 4)]))
     return make_call(
         seed=draw(st.integers(0, 2**20)), dtype=dtype, batch=draw(st.integers(1, 3)), window=window,
-        kv_heads=kv_heads, group=group, length=draw(st.one_of(st.just(1), st.integers(1, 40))), slots=draw(st.integers(max(1, 2 * sinks), 12)),
-        sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])), padding=draw(st.booleans()),
-        warm=draw(st.sampled_from([0, 7, 30])), decay=draw(st.sampled_from([1.0, 0.75])),
+        kv_heads=kv_heads, group=group, length=draw(st.one_of(st.just(1), st.integers(1, 40))),
+        slots=draw(st.integers(max(1, 2 * sinks), 12)), sinks=sinks, rounds=draw(st.sampled_from([1, 2, 5])),
+        padding=draw(st.booleans()), warm=draw(st.sampled_from([0, 7, 30])), decay=draw(st.sampled_from([1.0, 0.75])),
     )  # fmt: skip
 
 
