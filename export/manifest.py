@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import ArtifactError
-from linearize.export.names import CONTRIB, GRAPH_FILE, LOGITS, MANIFEST_FILE, NATIVE, OPSET, PORTABLE, PREFILL_PIECE
+from linearize.export.names import CONTRIB, GRAPH_FILE, LOGITS, MANIFEST_FILE, NATIVE, OPSET, PREFILL_PIECE
 from linearize.export.names import WEIGHTS_FILE as WEIGHTS
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
 
 FORMAT = 1
-MINIMUM_ONNXRUNTIME = {NATIVE: "1.30", PORTABLE: "1.23"}
+MINIMUM_ONNXRUNTIME = "1.30"  # the oldest that the tests run: onnxruntime-node and -web
 
 
 class _Strict(BaseModel):
@@ -149,7 +149,7 @@ def describe(compiled: LinearizedModel, folder: Path, interface: Interface, flav
     inputs = [Tensor(name=name, shape=list(dims), dtype="int64") for name, dims in interface.token_inputs().items()]
     return Manifest(
         domains={"": OPSET} | ({CONTRIB: 1} if flavour == NATIVE else {}),
-        minimum_onnxruntime=MINIMUM_ONNXRUNTIME[flavour],
+        minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
         flavour=flavour,  # type: ignore[arg-type]
         lowerings=lowerings(compiled, flavour),
         model_name=program.model_name,
@@ -241,6 +241,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: not JSON ({error})") from error
     kind, version = (data.get("kind"), data.get("format")) if isinstance(data, dict) else (None, None)
+    if kind in ("linearized-torchscript", "linearized-pt2"):
+        raise ArtifactError(
+            f"{path} describes a {kind.removeprefix('linearized-')} export; this reads ONNX exports only"
+        )
     if kind != "linearized-onnx":
         raise ArtifactError(f"{path} is of kind {kind!r}, not an exported model; run `linearize export` on it first")
     if version != FORMAT:

@@ -10,6 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from linearize.export.onnx_norms import fuse_norms
+
 
 def symbols_of(value: ir.Value) -> list[str]:
     """The names of a value's dynamic dims, in order."""
@@ -47,8 +49,9 @@ def _named(dim: int | ir.SymbolicDim, pattern: re.Pattern[str], symbols: dict[st
 
 
 def tidy(model: ir.Model) -> None:
-    """Equal nodes and equal weights once, a tied head read from the embedding, nothing unused, no stack traces."""
+    """Equal nodes and weights once, a norm one node, a tied head on the embedding, nothing unused, no stack traces."""
     simplify(model)
+    fuse_norms(model.graph)
     tie_heads(model.graph)
     lay_out_weights(model.graph)
     common.DeduplicateHashedInitializersPass()(model)

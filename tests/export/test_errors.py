@@ -166,6 +166,9 @@ def test_a_directory_that_is_no_export_is_named(read, tmp_path):
     (tmp_path / "linearize.json").write_text('{"kind": "linearized-model", "format": 1}')
     with pytest.raises(ArtifactError, match="linearize export"):
         read(tmp_path)
+    (tmp_path / "linearize.json").write_text('{"kind": "linearized-pt2", "format": 1}')
+    with pytest.raises(ArtifactError, match="export"):
+        read(tmp_path)
     (tmp_path / "linearize.json").write_text('{"kind": "linearized-onnx", "format": 99}')
     with pytest.raises(ArtifactError, match="has format 99"):
         read(tmp_path)
