@@ -293,7 +293,7 @@ def main() -> None:
     rows.append(measure_training(1024 if arguments.quick else 4096, rounds))
     report["rows"] = [asdict(row) for row in rows]
     report["merge over block"] = {
-        f"{count} slots, rounds = {merges}": round(merge_share(count, merges, rounds), 3)
+        f"{count} slots merged in {merges}": round(merge_share(count, merges, rounds), 3)
         for count in (64, 128)
         for merges in (1, 4)
     }
@@ -326,9 +326,9 @@ def show(report: dict[str, Any], rows: list[Row]) -> None:
 
 
 def last_lines(report: dict[str, Any]) -> list[str]:
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in report["merge over block"].items())
+    shares = "; ".join(f"{name}: {share:.0%}" for name, share in report["merge over block"].items())
     memory = ", ".join(f"{name} {times:.1f}" for name, times in report["memory over inputs"].items())
-    lines = [f"Merging over the block's attention (32 query heads over 8 of 128, blocks of 32; bar 25%): {shares}."]
+    lines = [f"Merging over a block's attention (32 query heads over 8 of 128, block 32; bar 25%), by rounds: {shares}."]
     if memory:
         lines.append(f"Peak memory beyond the inputs over the inputs, {LONG:,} tokens (bar {MOST_MEMORY:g}): {memory}.")
     return lines

@@ -122,3 +122,32 @@ int slots_advance(void **t, const int64_t *n, const double *r) {
     free(tools);
     return (int)done;
 }
+
+/* t: slot_k slot_v slot_n k v, out: slot_k slot_v slot_n.  n: B G d V w C sinks rounds sizes...  r: decay.
+   A block k [B,w,G,d], v [B,w,G,V] joins full slots. */
+int slots_merge(void **t, const int64_t *n, const double *r) {
+    int64_t B = n[0], G = n[1], d = n[2], V = n[3], w = n[4], C = n[5], sinks = n[6], width = d + V;
+    float *x = malloc((size_t)((C + w) * (width + 1)) * sizeof(float)), *counts = x + (C + w) * width;
+    bench s;
+    void *tools = make_bench(C + w, d, &s);
+    if (!x || !tools) return free(x), free(tools), 1;
+    for (int64_t head = 0; head < B * G; head++) {
+        int64_t b = head / G, g = head % G;
+        pair(x, F(0) + head * C * d, F(1) + head * C * V, C, d, V);
+        for (int64_t c = 0; c < C; c++) counts[c] = F(2)[head * C + c] * (c < sinks ? 1.0f : (float)r[0]);
+        for (int64_t i = 0; i < w; i++) {
+            int64_t from = (b * w + i) * G + g;
+            pair(x + (C + i) * width, F(3) + from * d, F(4) + from * V, 1, d, V);
+            counts[C + i] = 1.0f;
+        }
+        merge_head(x, counts, C + w, width, d, n + 8, n[7], sinks, &s);
+        for (int64_t c = 0; c < C; c++) {
+            memcpy(F(5) + (head * C + c) * d, x + c * width, (size_t)d * sizeof(float));
+            memcpy(F(6) + (head * C + c) * V, x + c * width + d, (size_t)V * sizeof(float));
+        }
+        memcpy(F(7) + head * C, counts, (size_t)C * sizeof(float));
+    }
+    free(x);
+    free(tools);
+    return 0;
+}

@@ -6,10 +6,13 @@ Merging is `slots.c` where all slots are taken, standard operators otherwise (`l
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from linearize.kernels.cpu.slot_merge import merge_full
+from linearize.kernels.cpu.native import expect, library, plain, run
+from linearize.kernels.cpu.slot_merge import MOST_ITEMS, merge_full
 from linearize.kernels.registry import Kernel, always, register
 from linearize.ops._library import accumulation_dtype
 from linearize.ops.hybrid import fold_heads
@@ -70,12 +73,29 @@ def merge_slots(
 ) -> Slots:
     """See `linearize.ops.slots_merge`; all slots are taken."""
     check_merge(slot_k, slot_v, slot_n, k, v, sinks)
+    native = library("slots") if metric is None and lam is None and slot_k.dtype == k.dtype == torch.float32 else None
+    if native is not None and slot_n.shape[2] + k.shape[1] <= MOST_ITEMS:
+        return _merge_in_c(native, (slot_k, slot_v, slot_n, k, v), sinks, rounds, decay)
     dtype, count, key_dim = accumulation_dtype(slot_k.dtype), slot_n.shape[2], slot_k.shape[3]
     old, new = torch.cat([slot_k, slot_v], -1).to(dtype), torch.cat([k, v], -1).to(dtype).transpose(1, 2)
     n = torch.cat([aged(slot_n.to(dtype), sinks, decay), torch.ones_like(new[..., 0])], dim=2)
     sizes = round_sizes(n.shape[2], count, sinks, rounds)
     x, n = merge_full(torch.cat([old, new], dim=2), n, key_dim, sizes, sinks, metric, lam)
     return x[..., :key_dim].contiguous(), x[..., key_dim:].contiguous(), n.contiguous()
+
+
+def _merge_in_c(native: ctypes.CDLL, tensors: tuple[Tensor, ...], sinks: int, rounds: int, decay: float) -> Slots:
+    slot_k, slot_v, _, k, _ = tensors
+    (batch, kv_heads, count, key_dim), value_dim, block = slot_k.shape, slot_v.shape[3], k.shape[1]
+    slots, tokens = (batch, kv_heads, count), (batch, block, kv_heads)
+    shapes = ((*slots, key_dim), (*slots, value_dim), slots, (*tokens, key_dim), (*tokens, value_dim))
+    expect("slots_merge", list(zip(tensors, shapes, strict=True)))
+    outputs = torch.empty(shapes[0]), torch.empty(shapes[1]), torch.empty(shapes[2])
+    sizes = round_sizes(count + block, count, sinks, rounds)
+    numbers = (batch, kv_heads, key_dim, value_dim, block, count, sinks, len(sizes), *sizes)
+    if run(native.slots_merge, (*map(plain, tensors), *outputs), numbers, (decay,)):
+        raise MemoryError("linearize::slots_merge: no memory to merge slots in")
+    return outputs
 
 
 def _check_full(slot_k: Tensor, slot_v: Tensor, slot_n: Tensor, *args: object, **kwargs: object) -> str | None:

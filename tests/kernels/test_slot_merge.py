@@ -45,6 +45,7 @@ def test_where_a_compiler_is_the_c_function_is_used():
 
 @pytest.mark.parametrize(("name", "value"), [("LINEARIZE_NATIVE", "0"), ("CC", "/no/such/compiler")])
 def test_without_a_compiler_there_is_no_library_and_merging_goes_on(monkeypatch, tmp_path, name, value):
+    monkeypatch.delenv("LINEARIZE_NATIVE", raising=False)
     monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     reason = native.load.__wrapped__("slots")
