@@ -328,7 +328,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> None:
 def last_lines(report: dict[str, Any]) -> list[str]:
     shares = "; ".join(f"{name}: {share:.0%}" for name, share in report["merge over block"].items())
     memory = ", ".join(f"{name} {times:.1f}" for name, times in report["memory over inputs"].items())
-    lines = [f"Merging over a block's attention (32 query heads over 8 of 128, block 32; bar 25%), by rounds: {shares}."]
+    lines = [f"Merging over the attention (32 query heads over 8 of 128, block 32; bar 25%), by rounds: {shares}."]
     if memory:
         lines.append(f"Peak memory beyond the inputs over the inputs, {LONG:,} tokens (bar {MOST_MEMORY:g}): {memory}.")
     return lines
