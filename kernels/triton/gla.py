@@ -94,7 +94,7 @@ def gla_state_kernel(
 @triton.jit(do_not_specialize=["T"])
 def gla_output_kernel(
     q, k, v, g, h, o,
-    scale, T, H, HS, R, N,
+    scale, T, H, HS, R, RV, N,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, h_k, h_v,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -131,7 +131,7 @@ def gla_output_kernel(
         scores *= tl.exp2(tl.where(earlier, spans, 0.0))
     scores = tl.where(earlier, scores, 0.0)
     v_CV = tl.load(
-        v + batch * v_b + kv_head * v_h + at[:, None] * v_t + columns[None, :],
+        v + batch * v_b + (head // RV) * v_h + at[:, None] * v_t + columns[None, :],
         mask=real[:, None] & (columns < V)[None, :], other=0.0,
     )  # fmt: skip
     out = tl.dot(scores.to(v_CV.dtype), v_CV, acc=out, input_precision=PRECISION, out_dtype=ACC) * scale
@@ -175,21 +175,29 @@ def states(k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, like: Tens
 
 
 def outputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h: Tensor, scale: float, dtype: torch.dtype | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    h: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """o [B,T,H,V] from the states before each chunk, which may be a view of others with the last dims swapped."""
     q = _launch.inner_contiguous(q)
     (batch, length, heads, key_dim), kv_heads, value_dim, states = q.shape, k.shape[2], v.shape[3], h.shape[2]
     o = q.new_empty(batch, length, heads, value_dim, dtype=dtype or q.dtype)
     args = (
-        q, k, v, k if g is None else g, h, o, scale, length, heads, states, heads // kv_heads, states // kv_heads,
+        q, k, v, k if g is None else g, h, o,
+        scale, length, heads, states, heads // kv_heads, heads // v.shape[2], states // kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gate_strides(g), *h.stride()[3:],
     )  # fmt: skip
 
     def grid(config: Config) -> tuple[int, ...]:
         return triton.cdiv(value_dim, config.blocks["BV"]), h.shape[1], batch * heads
 
-    constants = shared_constants(q, key_dim, value_dim, g)
+    constants = shared_constants(q, key_dim, value_dim, g) | {"C": chunk}
     _launch.launch(gla_output_kernel, grid, args, constants, output_configs(architecture(q), q, key_dim, value_dim))
     return o
 

@@ -69,7 +69,15 @@ def mla(dtype: torch.dtype, length: int, dim: int) -> Call:
     return "mla_decode", (q, cache, lens), {"rank": rank, "scale": (rank + rope) ** -0.5}
 
 
-MAKERS: dict[str, Callable[[torch.dtype, int, int], Call]] = {"gla": gla, "hybrid": hybrid, "slots": slots, "mla": mla}
+def delta(dtype: torch.dtype, length: int, dim: int) -> Call:
+    _, (q, k, v, g, s0), keywords = gla(dtype, length + 1, dim)
+    beta = torch.rand(2, length + 1, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return "delta_chunk", (q, k, v, beta, g, s0), keywords | {"l2norm": True}
+
+
+MAKERS: dict[str, Callable[[torch.dtype, int, int], Call]] = {
+    "gla": gla, "delta": delta, "hybrid": hybrid, "slots": slots, "mla": mla,
+}  # fmt: skip
 
 
 def wide(x: Any) -> Any:

@@ -21,8 +21,9 @@ def chosen(op, *args, **keywords):
     return kernel.name, dict(declined)
 
 
-@pytest.mark.parametrize(("op", "kernel"), [("gla_chunk", "triton.gla_chunk"), ("hybrid_chunk", "triton.hybrid_chunk")])
-def test_the_triton_kernel_is_asked_first_and_declines_with_a_reason(op, kernel):
+@pytest.mark.parametrize("op", ["gla_chunk", "hybrid_chunk", "delta_chunk"])
+def test_the_triton_kernel_is_asked_first_and_declines_with_a_reason(op):
+    kernel = f"triton.{op}"
     mask = torch.empty(1, 3, device="meta", dtype=torch.bool)
     assert chosen(op, *[tokens()] * 3, mask)[0] == kernel
     wide = [tokens(dtype=torch.float64)] * 3
