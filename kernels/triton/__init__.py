@@ -76,7 +76,7 @@ def check_hybrid_step(
     return check_one(q, k, v)
 
 
-def check_delta(q: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
+def check_several(q: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
     """The rows of a state fit in a program's registers."""
     return "T is 1: a step in PyTorch is faster" if q.shape[1] == 1 else check_line(q, *rest)
 
@@ -121,7 +121,8 @@ MLA_DECODE = _register("mla_decode", 30, check_cache, "mla", "mla_decode")
 SLOTS_BLOCK = _register("slots_block", 30, check_line, "slots", "slots_block")
 
 
-DELTA = _register("delta_chunk", 30, check_delta, "delta", "delta_chunk")
+DELTA = _register("delta_chunk", 30, check_several, "delta", "delta_chunk")
+GLA_VEC = _register("gla_vec_chunk", 30, check_several, "gla_vec", "gla_vec_chunk")
 GLA_BACKWARD = register_backward(
     Kernel(
         "triton.gla_backward",

@@ -75,8 +75,13 @@ def delta(dtype: torch.dtype, length: int, dim: int) -> Call:
     return "delta_chunk", (q, k, v, beta, g, s0), keywords | {"l2norm": True}
 
 
+def gla_vec(dtype: torch.dtype, length: int, dim: int) -> Call:
+    _, (q, k, v, _, s0), keywords = gla(dtype, length + 1, dim)
+    return "gla_vec_chunk", (q, k, v, gates(2, length + 1, 2, dim), s0), keywords
+
+
 MAKERS: dict[str, Callable[[torch.dtype, int, int], Call]] = {
-    "gla": gla, "delta": delta, "hybrid": hybrid, "slots": slots, "mla": mla,
+    "gla": gla, "gla_vec": gla_vec, "delta": delta, "hybrid": hybrid, "slots": slots, "mla": mla,
 }  # fmt: skip
 
 

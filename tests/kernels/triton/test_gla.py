@@ -15,7 +15,7 @@ from tests.ops.test_gla import calls
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=12, **SLOW)
+@settings(max_examples=8, **SLOW)
 @given(calls())
 def test_the_forward_equals_the_recurrence(call):
     args, keywords = call
@@ -37,6 +37,7 @@ def inputs(dtype, length=130, kind="mixed", key_dim=24, value_dim=40):
 
 def test_the_order_of_the_programs_does_not_show():
     args = inputs(torch.float64, length=70, key_dim=33, value_dim=40)
+    args = tuple(x[:1] for x in args)
     found = interpreted(lambda: gla.gla_chunk(*args, scale=0.2))
     assert_equals_truth(found, gla_chunk_recurrence(*args, scale=0.2), torch.float64)
 

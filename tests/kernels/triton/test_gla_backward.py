@@ -40,7 +40,7 @@ def given_of(found):
     return [x for x in found if x is not None]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls().filter(lambda call: call[0][0].shape[1] <= 140))
 def test_the_backward_equals_autograd(call):
     args, keywords = call

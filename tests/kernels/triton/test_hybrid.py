@@ -20,7 +20,7 @@ def truth(call):
     return hybrid_chunk_recurrence(**wide)
 
 
-@settings(max_examples=8, **SLOW)
+@settings(max_examples=5, **SLOW)
 @given(calls())
 def test_the_forward_equals_the_recurrence(call):
     found = interpreted(lambda: hybrid.hybrid_chunk(**call), orders=(0,))

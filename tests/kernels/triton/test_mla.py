@@ -20,7 +20,7 @@ def test_it_equals_the_truth(call):
     assert_equals_truth(found, mla_decode_recurrence(*doubled(args), **keywords), args[0].dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 7])
+@pytest.mark.parametrize("splits", [1, 3])
 def test_any_number_of_parts_gives_the_same(monkeypatch, splits):
     monkeypatch.setattr(mla, "split_count", lambda *args: splits)
     q, cache = torch.randn(2, 20, 24).double(), torch.randn(2, 70, 24).double()

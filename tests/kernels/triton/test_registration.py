@@ -21,7 +21,7 @@ def chosen(op, *args, **keywords):
     return kernel.name, dict(declined)
 
 
-@pytest.mark.parametrize("op", ["gla_chunk", "hybrid_chunk", "delta_chunk"])
+@pytest.mark.parametrize("op", ["gla_chunk", "gla_vec_chunk", "hybrid_chunk", "delta_chunk"])
 def test_the_triton_kernel_is_asked_first_and_declines_with_a_reason(op):
     kernel = f"triton.{op}"
     mask = torch.empty(1, 3, device="meta", dtype=torch.bool)
