@@ -44,7 +44,7 @@ def package_rows() -> list[tuple[str, ...]]:
     own = [(GOOD, "linearize", importlib.metadata.version("linearize"), "")]
     parsed = [Requirement(line) for line in importlib.metadata.requires("linearize") or []]
     needed = [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    gpu = [one for one in parsed if one.name == "triton"]
+    gpu = list({one.name: one for one in parsed if one.name == "triton"}.values())  # two extras name it
     return own + [package_row(one, needed=True) for one in needed] + [package_row(one, needed=False) for one in gpu]
 
 

@@ -41,6 +41,7 @@ def test_an_unknown_recipe_is_one_error(run: Run) -> None:
 def test_doctor_lists_packages_kernels_and_the_machine(run: Run) -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
+    assert sum(line.split()[1:2] == ["triton"] for line in result.stdout.splitlines()) == 1
     for part in (importlib.metadata.version("torch"), "hybrid_chunk", "reference", "demo model", "cores"):
         assert part in result.stdout
 
