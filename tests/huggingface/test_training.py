@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ RECIPE = "lolcats{window=5}"
 
 
 def fresh(name: str = "llama") -> LinearizedForCausalLM:
+    """With weights of its own: a compiled model shares its source's, and the zoo's are read by every test."""
     torch.manual_seed(0)
-    return zoo.compile_again(name, RECIPE, tokens=0).to_transformers()
+    return copy.deepcopy(zoo.compile_again(name, RECIPE, tokens=0)).to_transformers()
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
