@@ -101,7 +101,7 @@ def _transformers(context: int) -> Step:
         with torch.no_grad():
             model(torch.ones(1, count, dtype=torch.int64), past_key_values=cache, use_cache=True)
         if cache.get_seq_length() > context + 512:
-            cache.crop(context)
+            cache.crop(context - cache.get_seq_length())
 
     return step
 
@@ -212,7 +212,7 @@ def main() -> None:
     if arguments.hold:
         return hold(arguments.hold[0], Path(arguments.hold[1]), int(arguments.hold[2]))
     torch.set_num_threads(1)
-    contexts, rounds = (CONTEXTS[:2], 3) if arguments.quick else (CONTEXTS, 6)
+    contexts, rounds = (CONTEXTS[:2], 3) if arguments.quick else (CONTEXTS, 4)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)

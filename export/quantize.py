@@ -1,8 +1,7 @@
 """Weights of matrix products and the embedding in 8 or 4 bits; gates, feature maps, norms and states stay float32.
 
-    int8, int4   MatMulNBits and GatherBlockQuantized (onnxruntime's own): two to three times faster than float32
-                 natively, slower in wasm
-    web          DynamicQuantizeLinear and MatMulInteger (standard): faster than float32 in wasm, which fuses them
+    int8, int4   MatMulNBits and GatherBlockQuantized (onnxruntime's own): faster than float32 natively, slower in wasm
+    web          DynamicQuantizeLinear and MatMulInteger (standard): small files for wasm, no faster there
 A table that is embedding and head at once is stored once for int8 and int4.
 """
 

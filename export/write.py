@@ -54,7 +54,7 @@ def export(
         format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files. "torchscript": traces of
             one token and of a piece, deprecated upstream. "pt2": a torch.export archive.
         portable: standard ONNX operators only; without it, onnxruntime's own where it has one.
-        quantize: "int8", "int4" (fast natively) or "web" (fast in wasm): weights in fewer bits, the loss measured.
+        quantize: "int8", "int4" (fast natively) or "web" (small, for wasm): weights in fewer bits, the loss measured.
         aoti: with "pt2", also a package compiled for this machine's CPU.
         genai: states as onnxruntime-genai carries them, and its `genai_config.json`.
 

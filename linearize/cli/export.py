@@ -31,7 +31,7 @@ def export_model(
         str | None,
         typer.Option(
             "--quantize",
-            help="Weights in fewer bits: int8 or int4 (fast natively), web (fast in wasm).",
+            help="Weights in fewer bits: int8 or int4 (fast natively), web (small, for wasm).",
             show_default=False,
         ),
     ] = None,
