@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from linearize.printing import Figure, Row, bytes_text
+if TYPE_CHECKING:
+    from linearize.printing import Figure, Row
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Figures:
 
 
 def site_figure(figures: Figures) -> Figure:
+    from linearize.printing import Figure
+
     names = list(figures.sites[0]["errors"])
     rows = [
         _site_row(str(site["site"]), site["module"], site["mixer"], [site["errors"][name] for name in names])
@@ -48,6 +51,8 @@ def _site_row(site: str, module: str, mixer: str, errors: Sequence[float]) -> Ro
 
 
 def model_figure(figures: Figures) -> Figure:
+    from linearize.printing import Figure, bytes_text
+
     first = next(iter(figures.models.values()))
     ranges = [f"{row['low']}-{row['high']}" for row in first["recall_by_distance"]]
     rows = [
@@ -63,6 +68,8 @@ def model_figure(figures: Figures) -> Figure:
 
 
 def speed_figure(figures: Figures) -> Figure:
+    from linearize.printing import Figure, bytes_text
+
     rows = []
     for row in figures.speed:
         pair = [row["source"], row["compiled"]]
