@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import gc
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from linearize.program import Program
@@ -57,10 +59,23 @@ def run_pipeline(program: Program, passes: Iterable[Pass], verify: Verify | None
     verify = verify or ("numerics" if os.environ.get("LINEARIZE_VERIFY") == "numerics" else "structure")
     for step in passes:
         started = time.perf_counter()
-        after = step.run(program)
-        if after.module is not program.module:
-            check_structure(after, step.name)
-            if verify == "numerics" and step.keeps is Keeps.EXACT:
-                check_exact(program, after, step.name)
-        program = after.recorded(step.name, started)
+        with nullcontext() if step.stage is Stage.CALIBRATE else _collecting_later():
+            after = step.run(program)
+            if after.module is not program.module:
+                check_structure(after, step.name)
+                if verify == "numerics" and step.keeps is Keeps.EXACT:
+                    check_exact(program, after, step.name)
+            program = after.recorded(step.name, started)
     return program
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """No garbage collection inside: it walks all graphs there are, which made passes grow faster than their nodes."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
