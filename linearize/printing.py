@@ -278,9 +278,10 @@ def layers_text(kind: str, n: int, first: int, indices: Sequence[int]) -> str:
 def report_table(report: Report) -> Table:
     """Errors of every site, before and after fitting, on data that was held out."""
     title = "relative MSE of each attention's output, on held-out data"
-    numbers = ("start", "fitted", "seconds")
+    numbers = ("start", "closed form", "fitted", "seconds")
     made = table("site", "module", "mixer", *numbers, title=title, right=("site", *numbers))
     for row in report.sites:
         seconds = f"{row.seconds:.1f}" if row.seconds else "-"
-        made.add_row(str(row.site), row.module, row.mixer, figure(row.error_start), figure(row.error_fitted), seconds)
+        errors = [figure(error) for error in (row.error_start, row.error_closed, row.error_fitted)]
+        made.add_row(str(row.site), row.module, row.mixer, *errors, seconds)
     return made

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class SiteReport(BaseModel):
-    """One site. Errors are relative MSE: mean (y' - y)^2 over the variance of the teacher's output y, held out data."""
+    """One site. Errors are relative MSE: mean (y' - y)^2 over the variance of the teacher's output y, held out data;
+    `error_closed` after what is found without gradient steps, `error_fitted` at the end."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -15,6 +16,7 @@ class SiteReport(BaseModel):
     mixer: str
     reason: str = ""
     error_start: float | None = None
+    error_closed: float | None = None
     error_fitted: float | None = None
     parameters: int = 0
     seconds: float = 0.0
@@ -44,5 +46,13 @@ class Report(BaseModel):
     def mean_error(self, fitted: bool = True) -> float | None:
         """Mean relative MSE over the sites that were measured, or None without any."""
         found = [site.error_fitted if fitted else site.error_start for site in self.sites]
-        values = [value for value in found if value is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(found)
+
+    def mean_error_closed(self) -> float | None:
+        """The same after the closed form, over the sites that have one."""
+        return _mean([site.error_closed for site in self.sites])
+
+
+def _mean(found: list[float | None]) -> float | None:
+    values = [value for value in found if value is not None]
+    return sum(values) / len(values) if values else None

@@ -147,9 +147,11 @@ def test_recipes_show_rules_and_fitting() -> None:
 
 def test_a_report_shows_errors_before_and_after_and_dashes_where_nothing_was_measured() -> None:
     rows = [
-        SiteReport(site=0, module="m.0", mixer="lolcats", error_start=0.5, error_fitted=0.125, seconds=3.21),
+        SiteReport(
+            site=0, module="m.0", mixer="lolcats", error_start=0.5, error_closed=0.25, error_fitted=0.125, seconds=3.21
+        ),
         SiteReport(site=1, module="m.1", mixer="window{window=8}"),
     ]
     lines = drawn(printing.report_table(Report(sites=rows))).splitlines()
-    assert lines[2].split() == ["0", "m.0", "lolcats", "0.5000", "0.1250", "3.2"]
-    assert lines[3].split() == ["1", "m.1", "window{window=8}", "-", "-", "-"]
+    assert lines[2].split() == ["0", "m.0", "lolcats", "0.5000", "0.2500", "0.1250", "3.2"]
+    assert lines[3].split() == ["1", "m.1", "window{window=8}", "-", "-", "-", "-"]

@@ -56,7 +56,7 @@ class Checkpoints:
         if saved is None:
             return False
         mixer.load_state_dict(found)
-        for field in ("error_start", "error_fitted", "parameters", "seconds"):
+        for field in ("error_start", "error_closed", "error_fitted", "parameters", "seconds"):
             setattr(row, field, getattr(saved, field))
         return True
 

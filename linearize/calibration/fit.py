@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from linearize.calibration.closed_form import fit_linear
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import DataError
 from linearize.mixers import Mixer
+from linearize.mixers.linear_part import HeadMaps
 from linearize.progress import Progress
 from linearize.recipe import Fit
 from linearize.report import SiteReport
 from linearize.spec import Site
 
+LOOK_EVERY, LOOKS, PATIENCE = 8, 8, 3  # steps between looks at the held-out error, at most so many, worse ones in a row
 
 def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
     """Relative MSE over all batches of the stream, sums in float64.
@@ -41,35 +46,45 @@ def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
 def fit_mixer(
     mixer: Mixer, train: TeacherStream, held: TeacherStream, site: Site, fit: Fit, row: SiteReport, progress: Progress
 ) -> None:
-    """First what is found without gradients, then (`fit.passes` > 0) Adam on the relative MSE at a cosine rate; of
-    start, prepared and fitted, the one with the smallest held-out error stays."""
+    """In closed form first: searches on one batch, then ridge regression on all. Then (`fit.passes` > 0) Adam on the
+    relative MSE at a cosine rate, until the held-out error has stopped falling, and the regression again. Of all these
+    states the one with the smallest held-out error stays."""
     started = time.perf_counter()
     row.parameters = sum(parameter.numel() for parameter in mixer.parameters())
     row.error_start = row.error_fitted = output_error(mixer, held, site)
     if mixer.fits and train.batches:
-        best = _copy(mixer)
+        best = Best(mixer, held, site, row)
         _prepare(mixer, train, site)
-        best = _better(mixer, held, site, row, best)
+        best.look()
+        _regress(mixer, train, site, best)
+        row.error_closed = row.error_fitted
         if fit.passes:
-            _descend(mixer, train, site, fit, progress)
-            best = _better(mixer, held, site, row, best)
-        mixer.load_state_dict(best)
+            _descend(mixer, train, site, fit, best, progress)
+            _regress(mixer, train, site, best)
+        best.restore()
     row.seconds = round(time.perf_counter() - started, 2)
 
 
-def _copy(mixer: Mixer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+class Best:
+    """The state of a mixer with the smallest held-out error seen so far, which stands in `row.error_fitted`."""
 
+    def __init__(self, mixer: Mixer, held: TeacherStream, site: Site, row: SiteReport) -> None:
+        self.mixer, self.held, self.site, self.row = mixer, held, site, row
+        self.state = self._copy()
 
-def _better(
-    mixer: Mixer, held: TeacherStream, site: Site, row: SiteReport, best: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The mixer as it is now where its held-out error is the lowest so far (which goes into `row`), else `best`."""
-    error, lowest = output_error(mixer, held, site), row.error_fitted
-    if lowest is not None and not error <= lowest:
-        return best
-    row.error_fitted = error
-    return _copy(mixer)
+    def look(self) -> float:
+        """The error now; the state is remembered if none was smaller."""
+        error, lowest = output_error(self.mixer, self.held, self.site), self.row.error_fitted
+        if lowest is None or error <= lowest:
+            self.row.error_fitted = error
+            self.state = self._copy()
+        return error
+
+    def restore(self) -> None:
+        self.mixer.load_state_dict(self.state)
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.mixer.state_dict().items()}
 
 
 def _prepare(mixer: Mixer, train: TeacherStream, site: Site) -> None:
@@ -77,10 +92,19 @@ def _prepare(mixer: Mixer, train: TeacherStream, site: Site) -> None:
         mixer.prepare(*train.site_values(site, mixer.needs, 0))
 
 
-def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, progress: Progress) -> None:
-    optimiser = torch.optim.Adam(mixer.parameters(), lr=fit.learning_rate)
+def _regress(mixer: Mixer, train: TeacherStream, site: Site, best: Best) -> None:
+    if not any(isinstance(module, Mixer) and module.linear_part() is not None for module in mixer.modules()):
+        return
+    with torch.no_grad():
+        fit_linear(mixer, train, site)
+    best.look()
+
+
+def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, best: Best, progress: Progress) -> None:
+    optimiser = torch.optim.Adam(parameter_groups(mixer, fit.learning_rate))
     steps = fit.passes * len(train.batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, steps))
+    patience = Patience(max(LOOK_EVERY, steps // LOOKS))
     for step in progress.track(range(steps), f"site {site.index} {mixer.name}"):
         with torch.no_grad():
             inputs, output = train.site_values(site, mixer.needs, step % len(train.batches))
@@ -93,6 +117,34 @@ def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, progress:
         optimiser.step()
         schedule.step()
         progress.note(f"relative MSE {loss.item():.4f}")
+        if step + 1 < steps and patience.is_over(step, best.look):
+            break
+    else:
+        best.look()
+
+
+def parameter_groups(mixer: Mixer, learning_rate: float) -> list[dict[str, Any]]:
+    """What was found by regression moves at a tenth of the rate: a map has dv entries for each number of its output."""
+    solved = {id(p) for module in mixer.modules() if isinstance(module, HeadMaps) for p in module.parameters()}
+    parameters = list(mixer.parameters())
+    slow, fast = [p for p in parameters if id(p) in solved], [p for p in parameters if id(p) not in solved]
+    groups = [{"params": fast, "lr": learning_rate}, {"params": slow, "lr": 0.1 * learning_rate}]
+    return [group for group in groups if group["params"]]
+
+
+class Patience:
+    """Looks every `every` steps; over once PATIENCE looks in a row were no better than the best before them."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.lowest, self.worse = every, math.inf, 0
+
+    def is_over(self, step: int, look: Callable[[], float]) -> bool:
+        if (step + 1) % self.every:
+            return False
+        error = look()
+        self.worse = 0 if error < self.lowest else self.worse + 1
+        self.lowest = min(self.lowest, error)
+        return self.worse >= PATIENCE
 
 
 def _cosine(step: int, steps: int, warm: float = 0.05) -> float:

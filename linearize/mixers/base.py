@@ -7,12 +7,14 @@ GPU kernel, T = 1, decomposition).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import RecipeError
+from linearize.mixers.linear_part import LinearPart
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec, Site
 
@@ -77,6 +79,15 @@ class Mixer(nn.Module):
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """Set what can be found without gradients, from one batch: `inputs` are forward's up to `mask`, `target` the
         teacher's output [B,H,T,dv]. Called once before gradient fitting; the default does nothing."""
+
+    def linear_part(self) -> LinearPart | None:
+        """What the output is linear in, for ridge regression on all the data (`calibration.closed_form`); or None."""
+        return None
+
+    def parts_on(self, inputs: list[Tensor], target: Tensor) -> Iterator[tuple[Mixer, list[Tensor], Tensor]]:
+        """(mixer, its inputs, its target) of everything here that has a linear part of its own."""
+        if self.linear_part() is not None:
+            yield self, inputs, target
 
     def run(self, inputs: list[Tensor]) -> Tensor:
         """The output [B,H,T,dv] on whole sequences without padding, from an empty state."""

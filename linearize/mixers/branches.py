@@ -4,7 +4,9 @@
     Ynear_i = sum_{j in W(i) u S} e^{s_ij} v_j / sum_{j in W(i) u S} e^{s_ij},    s_ij = scale q_i.k_j, q, k rotated
 
 W(i) the last `window` tokens, S the row's first `sinks`; Yfar [B,T,H,dv] is the subclass's recurrence. alpha starts
-at 1 and beta at 0, so before fitting every mixer here is the window softmax; `prepare` then solves for both.
+at 1 and beta at 0, so before fitting every mixer here is the window softmax; `prepare` then solves for both. With
+`maps` both are matrices A_h, B_h [dv, dv], and a shift c_h is added (linear_part.py): y_i = A_h^T Ynear_i + B_h^T
+Yfar_i + c_h.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer, tokens_first
 from linearize.mixers.delay_line import DelayLine
+from linearize.mixers.linear_part import HeadMaps, LinearPart, Weights
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
 
@@ -28,12 +31,18 @@ class TwoBranches(Mixer):
     fits = True
 
     def __init__(
-        self, spec: AttentionSpec, window: int, sinks: int, near: float = 1.0, far: float = 0.0, **options: object
-    ) -> None:
-        super().__init__(spec, window=window, sinks=sinks, **options)
+        self, spec: AttentionSpec, window: int, sinks: int, near: float = 1.0, far: float = 0.0, maps: bool = False,
+        **options: object,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window=window, sinks=sinks, maps=maps, **options)
         if window == 0 and sinks:
             raise ValueError("sinks belong to a window: without one (window = 0) there are none")
         self.line = DelayLine(spec, window, sinks) if window else None
+        self.maps: HeadMaps | None = None
+        if maps:
+            starts = [float(near), float(far)] if window else [float(far)]
+            self.maps = HeadMaps(spec.heads, spec.value_dim, starts)
+            return
         if self.line is not None:
             self.alpha = nn.Parameter(torch.full((spec.heads,), float(near)))
         self.beta = nn.Parameter(torch.full((spec.heads,), float(far)))
@@ -56,12 +65,16 @@ class TwoBranches(Mixer):
         x = {name: given[name] if name in flat else tokens_first(given[name]) for name in names}
         own = len(self.far_state())
         far, new = self.far(x, state[len(state) - own :])
+        near, ring = self._near(x, state[: len(state) - own]) if self.line is not None else (None, ())
+        return (tokens_first(self._mixed(near, far).to(given["query"].dtype)), *ring, *new)
+
+    def _mixed(self, near: Tensor | None, far: Tensor) -> Tensor:
+        """y [B,T,H,dv] of the branches."""
+        if self.maps is not None:
+            mixed: Tensor = self.maps(far) if near is None else self.maps(near.to(far.dtype), far)
+            return mixed
         y = self.beta[:, None] * far
-        ring: tuple[Tensor, ...] = ()
-        if self.line is not None:
-            near, ring = self._near(x, state[: len(state) - own])
-            y = self.alpha[:, None] * near + y
-        return (tokens_first(y.to(given["query"].dtype)), *ring, *new)
+        return y if near is None else self.alpha[:, None] * near + y
 
     def _near(self, x: dict[str, Tensor], ring: tuple[Tensor, ...]) -> Far:
         assert self.line is not None
@@ -71,29 +84,46 @@ class TwoBranches(Mixer):
 
     def working(self, x: Tensor) -> Tensor:
         """In the dtype of the mixer's own parameters (float32)."""
-        return x.to(self.beta.dtype)
+        return x.to(next(self.parameters()).dtype)
+
+    def linear_part(self) -> LinearPart:
+        if self.maps is not None:
+            return self.maps
+        weights = [self.beta] if self.line is None else [self.alpha, self.beta]
+        return Weights(weights, self.spec.value_dim)
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """alpha_h and beta_h by least squares, given the two branches."""
-        weights = [self.beta] if self.line is None else [self.alpha, self.beta]
-        solve_weights(self, weights, inputs, target)
+        solve_weights(self, inputs, target)
 
 
-def solve_weights(mixer: Mixer, weights: list[nn.Parameter], inputs: list[Tensor], target: Tensor) -> None:
-    """Set each of `weights` [H], in which the output is linear, to the least squares solution of every head: the normal
-    equations of its branches, damped by 1e-4 of their diagonal, as branches differ in size."""
-    branches = []
-    for chosen in weights:
-        for weight in weights:
-            weight.fill_(1.0 if weight is chosen else 0.0)
-        branches.append(mixer.run(inputs).double())
-    x = torch.stack(branches, dim=-1).transpose(0, 1).flatten(1, -2)
+def linear_terms(mixer: Mixer, part: LinearPart, inputs: list[Tensor]) -> Tensor:
+    """What the output is linear in, [n,B,H,T,dv]: the mixer run with one term alone, n times. `part` is left as it
+    was."""
+    maps, shift = part.read()
+    identity = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand_as(maps)
+    terms = []
+    for index in range(part.count):
+        chosen = torch.arange(part.count, device=maps.device) == index
+        part.write(identity * chosen[:, None, None, None], torch.zeros_like(shift))
+        terms.append(mixer.run(inputs))
+    part.write(maps, shift)
+    return torch.stack(terms)
+
+
+def solve_weights(mixer: Mixer, inputs: list[Tensor], target: Tensor) -> None:
+    """Set the weight of every term and head to the least squares solution: the normal equations of its branches, damped
+    by 1e-4 of their diagonal, as branches differ in size."""
+    part = mixer.linear_part()
+    assert part is not None
+    x = linear_terms(mixer, part, inputs).double().movedim(0, -1).transpose(0, 1).flatten(1, -2)
     y = target.double().transpose(0, 1).flatten(1).unsqueeze(-1)
     gram = x.transpose(1, 2) @ x
     damping = torch.diag_embed(1e-4 * gram.diagonal(dim1=1, dim2=2) + torch.finfo(torch.float64).tiny)
     solution = torch.linalg.solve(gram + damping, x.transpose(1, 2) @ y)[..., 0]
-    for index, weight in enumerate(weights):
-        weight.copy_(solution[:, index])
+    maps, shift = part.read()
+    identity = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
+    part.write(solution.T[..., None, None].to(maps.dtype) * identity, torch.zeros_like(shift))
 
 
 def log_sigmoid(x: Tensor) -> Tensor:

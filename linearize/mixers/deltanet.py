@@ -25,9 +25,10 @@ class DeltaNet(ConvBranches):
     name = "deltanet"
 
     def __init__(
-        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, conv: int = 0, output_gate: bool = False
-    ) -> None:
-        super().__init__(spec, window, sinks, conv, output_gate)
+        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, conv: int = 0, output_gate: bool = False,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window, sinks, conv, output_gate, maps)
         self.write = from_hidden(spec, 0.0)
 
     def log_gates(self, hidden: Tensor, mask: Tensor) -> Tensor | None:

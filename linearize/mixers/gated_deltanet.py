@@ -31,9 +31,10 @@ class GatedDeltaNet(DeltaNet):
     name = "gated_deltanet"
 
     def __init__(
-        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, conv: int = 0, output_gate: bool = False
-    ) -> None:
-        super().__init__(spec, window, sinks, conv, output_gate)
+        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, conv: int = 0, output_gate: bool = False,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window, sinks, conv, output_gate, maps)
         self.decay = from_hidden(spec, SOFTPLUS_IS_ONE)
         self.log_rate = nn.Parameter(torch.full((spec.kv_heads,), math.log(START_RATE)))
 

@@ -26,7 +26,7 @@ START_GATE = 2.0  # sigmoid(2)^(1/16) = 0.992: half a token's weight is left aft
 
 @register_mixer
 class Gla(TwoBranches):
-    """Options: `window` (0: none), `sinks`; `features` f (0 means head_dim); `rank` of the gates.
+    """Options: `window` (0: none), `sinks`; `features` f (0 means head_dim); `rank` of the gates; `maps`.
 
     State: the delay line and s [G,f,dv].
     """
@@ -35,9 +35,10 @@ class Gla(TwoBranches):
     needs = ("query_unrotated", "key_unrotated", "hidden")
 
     def __init__(
-        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, features: int = 0, rank: int = 16
-    ) -> None:
-        super().__init__(spec, window, sinks, features=features, rank=rank)
+        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, features: int = 0, rank: int = 16,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window, sinks, maps=maps, features=features, rank=rank)
         self.features = features or spec.head_dim
         self.query_map = nn.Parameter(start_map(spec.heads, spec.head_dim, self.features))
         self.key_map = nn.Parameter(start_map(spec.kv_heads, spec.head_dim, self.features))

@@ -31,7 +31,7 @@ GATE_DIVISOR = 16.0
 
 @register_mixer
 class Liger(TwoBranches):
-    """Options: `window`, `sinks`; `near` and `far`, the starts of alpha and beta; `pool`, channels a gate.
+    """Options: `window`, `sinks`; `near` and `far`, the starts of alpha and beta; `pool`, channels a gate; `maps`.
 
     State: the delay line and s [G,d,dv].
     """
@@ -40,9 +40,10 @@ class Liger(TwoBranches):
     needs = ("query_unrotated", "key_unrotated")
 
     def __init__(
-        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, near: float = 1.0, far: float = 0.0, pool: int = 1
-    ) -> None:
-        super().__init__(spec, window, sinks, near, far, pool=pool)
+        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, near: float = 1.0, far: float = 0.0, pool: int = 1,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, window, sinks, near, far, maps, pool=pool)
         self.options |= {"near": near, "far": far}
         if pool < 1 or spec.head_dim % pool:
             raise ValueError(f"pool must divide the head dim {spec.head_dim}, which {pool} does not")

@@ -21,7 +21,7 @@ from linearize.spec import AttentionSpec
 
 @register_mixer
 class Lightning(TwoBranches):
-    """Options: `window` (0: none), `sinks`; `fit_decay`.
+    """Options: `window` (0: none), `sinks`; `fit_decay`; `maps`.
 
     State: the delay line and s [G,d,dv].
     """
@@ -30,8 +30,10 @@ class Lightning(TwoBranches):
     needs = ("query_unrotated", "key_unrotated")
     log_rate: Tensor
 
-    def __init__(self, spec: AttentionSpec, window: int = 64, sinks: int = 0, fit_decay: bool = False) -> None:
-        super().__init__(spec, window, sinks, fit_decay=fit_decay)
+    def __init__(
+        self, spec: AttentionSpec, window: int = 64, sinks: int = 0, fit_decay: bool = False, maps: bool = False
+    ) -> None:
+        super().__init__(spec, window, sinks, maps=maps, fit_decay=fit_decay)
         heads = torch.arange(1, spec.kv_heads + 1, dtype=torch.float32)
         log_rate = -8.0 * heads / spec.kv_heads * torch.log(torch.tensor(2.0))
         if fit_decay:

@@ -4,7 +4,7 @@ Gamma_i = sigmoid(W_g x_i + b_g)                    W_g [D,G]: a scalar gate by 
 phi(x) = [exp(x W) ; exp(-x W)]                      W_q [H,d,f], W_k [G,d,f], x un-rotated
 S_i = Gamma_i S_{i-1} + phi(k_i) v_i^T,  z_i = Gamma_i z_{i-1} + phi(k_i),  Yg_i = phi(q_i)^T S_i / phi(q_i)^T z_i
 Ya_i = sum_{j in W(i)} e^{s_ij} v_j / ( sum_j e^{t_j} + sum_{j in W(i)} e^{s_ij} )        m sink logits t_j by head
-y = beta_h Yg + alpha_h Ya
+y = beta_h Yg + alpha_h Ya             with `maps`: y = B_h^T Yg + A_h^T Ya + c_h (linear_part.py)
 
 The paper has y = Yg + alpha Ya; beta starts at 0 and alpha at 1, so before fitting the mixer is the window softmax with
 sink logits. Gates are kept by kv head, so that the state is too (the paper: by query head). phi(q) is divided by its
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from linearize.mixers.base import Mixer, register_mixer, tokens_first
 from linearize.mixers.branches import solve_weights
 from linearize.mixers.delay_line import DelayLine
+from linearize.mixers.linear_part import HeadMaps, LinearPart, Weights
 from linearize.mixers.lolcats import start_map
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
@@ -30,7 +31,7 @@ START_SINK = -6.0
 
 @register_mixer
 class Lizard(Mixer):
-    """Options: `window`; `sink_logits` m; `features` f (0 means head_dim; the map has 2 f entries).
+    """Options: `window`; `sink_logits` m; `features` f (0 means head_dim; the map has 2 f entries); `maps`.
 
     State: the delay line and s [G, 2f, dv + 1], the last column being z.
     """
@@ -40,8 +41,10 @@ class Lizard(Mixer):
     starts_as = "the teacher's softmax over the last `window` keys, with `sink_logits` logits of -6 in its denominator"
     fits = True
 
-    def __init__(self, spec: AttentionSpec, window: int = 128, sink_logits: int = 4, features: int = 0) -> None:
-        super().__init__(spec, window=window, sink_logits=sink_logits, features=features)
+    def __init__(
+        self, spec: AttentionSpec, window: int = 128, sink_logits: int = 4, features: int = 0, maps: bool = False
+    ) -> None:
+        super().__init__(spec, window=window, sink_logits=sink_logits, features=features, maps=maps)
         if sink_logits < 1:
             raise ValueError(f"sink_logits must be at least 1, not {sink_logits}")
         self.line = DelayLine(spec, window)
@@ -53,8 +56,10 @@ class Lizard(Mixer):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, START_GATE)
         self.sink_logits = nn.Parameter(torch.full((spec.heads, sink_logits), START_SINK))
-        self.alpha = nn.Parameter(torch.ones(spec.heads))
-        self.beta = nn.Parameter(torch.zeros(spec.heads))
+        self.maps = HeadMaps(spec.heads, spec.value_dim, [1.0, 0.0]) if maps else None
+        if self.maps is None:
+            self.alpha = nn.Parameter(torch.ones(spec.heads))
+            self.beta = nn.Parameter(torch.zeros(spec.heads))
 
     def state(self) -> tuple[StateTensor, ...]:
         far = StateTensor("s", (self.spec.kv_heads, 2 * self.features, self.spec.value_dim + 1))
@@ -67,7 +72,11 @@ class Lizard(Mixer):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         far, s = self._far(query_unrotated, key_unrotated, value, hidden, mask, state[-1])
         near, ring = self._near(query, key, value, mask, positions, state[:-1])
-        y = self.beta.unsqueeze(-1) * far + self.alpha.unsqueeze(-1) * near.to(far.dtype)
+        near = near.to(far.dtype)
+        if self.maps is not None:
+            y = self.maps(near, far)
+        else:
+            y = self.beta.unsqueeze(-1) * far + self.alpha.unsqueeze(-1) * near
         return (tokens_first(y.to(query.dtype)), *ring, s)
 
     def _far(
@@ -94,7 +103,10 @@ class Lizard(Mixer):
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """alpha_h and beta_h by least squares, given the two branches."""
-        solve_weights(self, [self.alpha, self.beta], inputs, target)
+        solve_weights(self, inputs, target)
+
+    def linear_part(self) -> LinearPart:
+        return self.maps if self.maps is not None else Weights([self.alpha, self.beta], self.spec.value_dim)
 
 
 def exponential_query(x: Tensor, weight: Tensor) -> Tensor:

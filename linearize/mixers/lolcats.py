@@ -3,6 +3,7 @@
 phi(x) = [softmax(x W) ; softmax(-x W)]   (Hedgehog), W_q [H,d,f] by query head, W_k [G,d,f] by kv head
 y_i = ( c_h sum_{j in W(i)} e^{s_ij - m_i} v_j + sum_{j left W(i)} phi_q(q_i).phi_k(k_j) v_j ) / ( the same with v = 1 )
 m_i = max_{j in W(i)} s_ij,   c_h = e^{omega_h};   q, k rotated
+With `maps` the output is M_h^T y_i + b_h (linear_part.py), M_h the identity at the start; the paper has none.
 
 Differences from the reference code, on purpose:
 - The window holds exactly `window` keys in prefill and in decode (the reference: 65..128 and 64).
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer, register_mixer, tokens_first
 from linearize.mixers.delay_line import DelayLine
+from linearize.mixers.linear_part import HeadMaps, LinearPart
 from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
 
@@ -34,7 +36,7 @@ ASSIGNMENT_GRID = (1.0, 2.0, 4.0)
 
 @register_mixer
 class Lolcats(Mixer):
-    """Options: `window`; `features` f (0 means head_dim; the map has 2 f entries); `sinks`.
+    """Options: `window`; `features` f (0 means head_dim; the map has 2 f entries); `sinks`; `maps`.
 
     State: the delay line, s [G, 2f, dv] = sum phi_k v^T and z [G, 2f] = sum phi_k over the tokens that left it.
     """
@@ -43,13 +45,16 @@ class Lolcats(Mixer):
     starts_as = "the teacher's softmax over the last `window` keys (and its first `sinks`)"
     fits = True
 
-    def __init__(self, spec: AttentionSpec, window: int = 64, features: int = 0, sinks: int = 0) -> None:
-        super().__init__(spec, window=window, features=features, sinks=sinks)
+    def __init__(
+        self, spec: AttentionSpec, window: int = 64, features: int = 0, sinks: int = 0, maps: bool = False
+    ) -> None:
+        super().__init__(spec, window=window, features=features, sinks=sinks, maps=maps)
         self.line = DelayLine(spec, window, sinks)
         self.features = features or spec.head_dim
         self.query_map = nn.Parameter(start_map(spec.heads, spec.head_dim, self.features))
         self.key_map = nn.Parameter(start_map(spec.kv_heads, spec.head_dim, self.features))
         self.omega = nn.Parameter(torch.full((spec.heads,), MUTED))
+        self.maps = HeadMaps(spec.heads, spec.value_dim, [1.0]) if maps else None
 
     def state(self) -> tuple[StateTensor, ...]:
         heads, width = self.spec.kv_heads, 2 * self.features
@@ -62,7 +67,12 @@ class Lolcats(Mixer):
         tokens = (tokens_first(query), tokens_first(key), tokens_first(value), mask, positions)
         far = (self.query_map, self.key_map, self.omega)
         o, line, s, z = self.line.attend(tokens, state[:-2], far, held=state[-2:])
+        if self.maps is not None:
+            o = self.maps(o.to(self.omega.dtype)).to(query.dtype)
         return (tokens_first(o), *line, s, z)
+
+    def linear_part(self) -> LinearPart | None:
+        return self.maps
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """Choose by output MSE, without gradients: the maps of each kv head among the identity at several sharpnesses

@@ -8,6 +8,7 @@ Every kv head belongs to exactly one part. Equals, head by head, what its parts 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -87,10 +88,20 @@ class Mixture(Mixer):
         return torch.index_select(tensor, 0, getattr(self, f"heads_{part}")) if name == "sinks" else tensor
 
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
+        for part, own, aim in self._shares(inputs, target):
+            part.prepare(own, aim)
+
+    def parts_on(self, inputs: list[Tensor], target: Tensor) -> Iterator[tuple[Mixer, list[Tensor], Tensor]]:
+        for part, own, aim in self._shares(inputs, target):
+            yield from part.parts_on(own, aim)
+
+    def _shares(self, inputs: list[Tensor], target: Tensor) -> Iterator[tuple[Mixer, list[Tensor], Tensor]]:
+        """Every part with its own heads of the inputs and of the target."""
         given = dict(zip(("query", "key", "value", *self.needs), inputs, strict=True))
         for index, part in enumerate(self.parts):
-            own = [self._heads(name, given[name], index) for name in ("query", "key", "value", *part.needs)]  # type: ignore[misc]
-            part.prepare(own, self._heads("query", target, index))  # type: ignore[operator]
+            assert isinstance(part, Mixer)
+            own = [self._heads(name, given[name], index) for name in ("query", "key", "value", *part.needs)]
+            yield part, own, self._heads("query", target, index)
 
 
 def query_heads(kv_heads: list[int], groups: int) -> list[int]:

@@ -43,15 +43,17 @@ class ShortConv(nn.Module):
 
 class ConvBranches(TwoBranches):
     """Subclasses write `mix`. Options: `window` (0: none), `sinks`; `conv`, tokens of the short convolutions (0: none);
-    `output_gate`, whether there is z.
+    `output_gate`, whether there is z; `maps`.
 
     State: the delay line, s [G,d,dv] and with `conv` the last conv - 1 un-rotated queries, keys and values.
     """
 
     needs = ("query_unrotated", "key_unrotated", "hidden")
 
-    def __init__(self, spec: AttentionSpec, window: int, sinks: int, conv: int, output_gate: bool) -> None:
-        super().__init__(spec, window, sinks, conv=conv, output_gate=output_gate)
+    def __init__(
+        self, spec: AttentionSpec, window: int, sinks: int, conv: int, output_gate: bool, maps: bool
+    ) -> None:
+        super().__init__(spec, window, sinks, maps=maps, conv=conv, output_gate=output_gate)
         sizes = (spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim), (spec.kv_heads, spec.value_dim)
         self.convolutions = [ShortConv(name, *size, conv) for name, size in zip("qkv", sizes, strict=True) if conv]
         for convolution in self.convolutions:
