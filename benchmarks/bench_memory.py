@@ -47,7 +47,7 @@ def measure_generate(model: linearize.LinearizedModel, tokens: int) -> dict[int,
 def measure_prompt(model: linearize.LinearizedModel, tokens: int) -> dict[int, list[int]]:
     ids, state, found = torch.arange(tokens).unsqueeze(0) % 1000, None, {}
     points = checkpoints(tokens)
-    for piece in prompt_pieces(tokens, 1, model.vocab_size):
+    for piece in prompt_pieces(tokens, 1, model.prompt_graph.vocab_size):
         _, state = model.step(ids[:, piece], state)
         while points and piece.stop >= points[0]:
             found[points.pop(0)] = [resident(), state.nbytes]

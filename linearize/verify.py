@@ -46,24 +46,47 @@ def _check_symbols(program: Program, name: str) -> None:
 
 def check_shapes(program: Program, name: str, batch: int = 2, length: int = 13) -> None:
     """Run the graph on fake tensors at one batch and length: every operator accepts its inputs, logits have rank 3."""
+    try:
+        shapes = shapes_at(program, batch, length)
+    except Exception as error:
+        raise VerificationError(f"after pass {name}: {_first_line(error)}") from error
+    logits = shapes[logits_node(program.graph)]
+    if len(logits) != 3:
+        raise VerificationError(f"after pass {name}: logits have shape {list(logits)}, not [B, T, V]")
+
+
+def logits_node(graph: fx.Graph) -> fx.Node:
+    """The first output."""
+    outputs: Any = next(iter(reversed(graph.nodes))).args[0]
+    node: fx.Node = outputs[0] if isinstance(outputs, list | tuple) else outputs
+    return node
+
+
+def shapes_at(program: Program, batch: int, length: int) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every node that is a tensor, at this batch and length (or those that the program is fixed to)."""
     batch, length = program.fixed_batch or batch, program.fixed_length or length
     environment = ShapeEnv()  # for operators that return as many rows as the values say
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment):
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment), torch.no_grad():
         inputs = [_fake_input(node, program, batch, length) for node in program.placeholders()]
-        try:
-            with torch.no_grad():
-                output = _Shapes(program.module, garbage_collect_values=True).run(*inputs)
-        except Exception as error:
-            raise VerificationError(f"after pass {name}: {_first_line(error)}") from error
-    logits = output[0] if isinstance(output, tuple | list) else output
-    if logits.ndim != 3:
-        raise VerificationError(f"after pass {name}: logits have shape {list(logits.shape)}, not [B, T, V]")
+        interpreter = _Shapes(program.module)
+        interpreter.run(*inputs)
+    return interpreter.shapes
 
 
 class _Shapes(fx.Interpreter):
-    """Opaque leaves give what their shape function says: they could not run on tensors without values."""
+    """Keeps the shapes. Opaque leaves give what their shape function says: they could not run without values."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
+        value = self._value(node)
+        if isinstance(value, torch.Tensor):
+            self.shapes[node] = tuple(value.shape)
+        return value
+
+    def _value(self, node: fx.Node) -> Any:
         if LEAF not in node.meta:
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)

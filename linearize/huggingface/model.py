@@ -21,6 +21,7 @@ from linearize.runtime.config_json import config_json
 from linearize.runtime.engine import Engine
 from linearize.runtime.generate import prompt_pieces
 from linearize.runtime.model import LinearizedModel
+from linearize.runtime.prompt_graph import PromptGraph
 from linearize.runtime.saving import save_over
 from linearize.runtime.state import State
 
@@ -50,10 +51,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 "linearize.compile(source).to_transformers(), or linearize.load(directory).to_transformers()"
             )
         super().__init__(config)
-        raised = run_pipeline(compiled.program, [RaiseLinears(lambda out, into: Conv1D(out, into))], "structure")
+        linears = RaiseLinears(lambda out, into: Conv1D(out, into))
+        raised = run_pipeline(compiled.program, [linears], "structure")
         self._adopt(raised.module)
         object.__setattr__(self, "compiled", compiled)  # not a submodule: its parameters are ours
         object.__setattr__(self, "raised", raised.module)  # whose code we run, and whose parameters are ours
+        self.prompt_graph = PromptGraph(compiled.program, linears)
         self.engine = Engine(raised)
         self.post_init()
         self.all_tied_weights_keys = tied_names(self)
@@ -73,11 +76,15 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def _graph(self, *inputs: Tensor) -> Any:
         return type(self.raised).forward(self, *inputs)  # type: ignore[arg-type]
 
+    def _prompt(self, *inputs: Tensor) -> Any:
+        return self.prompt_graph(self, *inputs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self.device
         super()._apply(fn, recurse)
         if self.device != before:
             retarget(self.raised, self.device)
+            self.prompt_graph.to(self.device)
         return self
 
     def forward(
@@ -109,7 +116,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = self._wants_cache(use_cache)
         cache = past_key_values if past_key_values is not None or not use_cache else StateCache()
         if past_key_values is None:
-            logits, state = self.engine.whole(self._graph, self.device, input_ids, attention_mask, position_ids)
+            run = self._prompt if isinstance(logits_to_keep, int) and logits_to_keep == 1 else self._graph
+            logits, state = self.engine.whole(run, self.device, input_ids, attention_mask, position_ids)
             logits = kept(logits, logits_to_keep)
         else:
             logits, state = self._continue(input_ids, past_key_values, attention_mask, logits_to_keep)
@@ -137,11 +145,13 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         ids = input_ids.to(self.device) if cache.state is not None else self.engine.checked(input_ids, self.device)
         state = cache.state.to(self.device) if cache.state is not None else self.engine.empty(ids.shape[0], self.device)
         whole = self.engine.mask(ids, mask, state.tokens) if mask is not None else None
-        in_pieces = keep == 1 if isinstance(keep, int) else False
-        pieces = prompt_pieces(ids.shape[1], ids.shape[0], self.engine.vocab_size) if in_pieces else [slice(None)]
+        last_only = isinstance(keep, int) and keep == 1 and ids.shape[1] > 1
+        run = self._prompt if last_only else self._graph
+        batch, length = ids.shape
+        pieces = prompt_pieces(length, batch, self.prompt_graph.vocab_size) if last_only else [slice(None)]
         for piece in pieces:
             part = whole[:, piece] if whole is not None else None
-            logits, state = self.engine.advance(self._graph, ids[:, piece], state, part)
+            logits, state = self.engine.advance(run, ids[:, piece], state, part)
         return kept(logits, keep), state
 
     def _prepare_cache_for_generation(  # type: ignore[override]

@@ -99,7 +99,8 @@ def stream(
 
 
 def prompt_pieces(length: int, batch: int, vocab_size: int | None, piece: int | None = None) -> list[slice]:
-    """A prompt cut so that a piece's memory is bounded whatever the prompt: by tokens, and by the logits of a piece."""
+    """A prompt cut so that a piece's memory is bounded whatever the prompt: by tokens, and by the logits of a piece
+    where those of all its tokens are computed (`vocab_size` is then given)."""
     if piece is None:
         rows = LOGITS_OF_A_PIECE // (batch * (vocab_size or 1))
         piece = max(min(PREFILL_PIECE, rows), 1)
@@ -121,9 +122,9 @@ def prefill(
     if attention_mask is not None:
         attention_mask = attention_mask[:, -length:]
     logits: Tensor | None = None
-    for part in prompt_pieces(length, batch, model.vocab_size, piece):
+    for part in prompt_pieces(length, batch, model.prompt_graph.vocab_size, piece):
         mask = attention_mask[:, part] if attention_mask is not None else None
-        logits, state = model.step(input_ids[:, part], state, attention_mask=mask)
+        logits, state = model.step(input_ids[:, part], state, mask, logits_to_keep=1)
     if logits is None or state is None:
         raise DataError("the prompt is empty; at least one token is needed")
     return logits[:, -1], state

@@ -18,6 +18,7 @@ from linearize.rewriting.editor import retarget
 from linearize.runtime.compiled_step import CompiledStep
 from linearize.runtime.engine import Engine
 from linearize.runtime.generate import Sampling, generate, prefill
+from linearize.runtime.prompt_graph import PromptGraph
 from linearize.runtime.state import State
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class LinearizedModel(nn.Module):
         self.program, self.source, self.plan, self.report = program, source, plan, report
         self.files = files
         self.engine = Engine(program)
+        self.prompt_graph = PromptGraph(program)
         self.compiled_step: CompiledStep | None = None
 
     @property
@@ -85,7 +87,11 @@ class LinearizedModel(nn.Module):
         return LinearizedOutput(logits, state)
 
     def step(
-        self, input_ids: Tensor, state: State | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor, State]:
         """T >= 1 further tokens.
 
@@ -94,16 +100,21 @@ class LinearizedModel(nn.Module):
             state: what the last step returned; None starts a new sequence.
             attention_mask: [B, T] for these tokens, or [B, seen + T] for all so far; 0 at padding, which may only
                 stand left of a row's tokens.
+            logits_to_keep: 0 for the logits of all T tokens, else of so many last ones. With 1, what of a prompt serves
+                the other tokens' logits only is not computed.
 
         Returns:
-            (logits [B, T, V], the new state). A row's positions count its real tokens, so padding does not move them.
+            (logits [B, T, V] or [B, logits_to_keep, V], the new state). A row's positions count its real tokens, so
+            padding does not move them.
 
         Raises:
             StateError: the state is of another batch or model, the context limit of learned positions is passed, or
                 an attention was left as it was, so that the graph has no memory of it.
             DataError: as `forward`.
         """
-        return self.engine.step(self._run, self.device, input_ids, state, attention_mask)
+        run = self._run_prompt if logits_to_keep == 1 and input_ids.shape[-1] > 1 else self._run
+        logits, state = self.engine.step(run, self.device, input_ids, state, attention_mask)
+        return logits[:, -logits_to_keep:], state
 
     def compile_step(self) -> LinearizedModel:
         """Have inductor compile the decode step once per batch size, at the first step of that size (some seconds, kept
@@ -118,12 +129,16 @@ class LinearizedModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             retarget(self.graph_module, self.device)
+            self.prompt_graph.to(self.device)
             if self.compiled_step is not None:
                 self.compile_step()
         return self
 
     def _run(self, *inputs: Tensor) -> Any:
         return self.graph_module(*inputs) if self.compiled_step is None else self.compiled_step(*inputs)
+
+    def _run_prompt(self, *inputs: Tensor) -> Any:
+        return self.prompt_graph(self.graph_module, *inputs)
 
     def decode(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One further token a row, int64 [B] -> (logits [B, V], the new state), without checking that the ids are in

@@ -111,7 +111,7 @@ class Batcher:
             return
         piece = torch.tensor([job_.prompt[job_.read : job_.read + PIECE]])
         job_.read += PIECE
-        logits, job_.state = self.model.step(piece, job_.state)
+        logits, job_.state = self.model.step(piece, job_.state, logits_to_keep=1)
         if job_.read < len(job_.prompt) and not job_.cancelled:
             return
         self.reading = None

@@ -177,7 +177,7 @@ def test_a_long_prompt_is_fed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     lengths: list[int] = []
     own = model()
     monkeypatch.setattr("linearize.runtime.generate.PREFILL_PIECE", 16)
-    graph = own._graph
-    monkeypatch.setattr(own, "_graph", lambda ids, *rest: (lengths.append(ids.shape[1]), graph(ids, *rest))[1])
+    graph = own._prompt
+    monkeypatch.setattr(own, "_prompt", lambda ids, *rest: (lengths.append(ids.shape[1]), graph(ids, *rest))[1])
     assert torch.equal(own.generate(ids, attention_mask=mask, max_new_tokens=5, **PLAIN), expected)
     assert lengths[:3] == [16, 16, 8]
