@@ -14,7 +14,7 @@ from tests import zoo
 
 # learned positions and fused q, k, v; grouped heads with normed q, k; soft-capped scores, which most mixers refuse
 FAMILIES = ("gpt2", "qwen3", "gemma2")
-SMALL = ({"window": 3}, {"slots": 2})  # so that a dozen tokens leave the window and merge
+SMALL = ({"window": 3}, {"slots": 2}, {"keep": 2})  # so that a dozen tokens leave the window, merge and are evicted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -55,10 +55,12 @@ def fit_mixer(
     if mixer.fits and train.batches:
         best = Best(mixer, held, site, row)
         _prepare(mixer, train, site)
+        if not mixer.may_stay_as_started:
+            row.error_fitted = None
         best.look()
         _regress(mixer, train, site, best)
         row.error_closed = row.error_fitted
-        if fit.passes:
+        if fit.passes and any(True for _ in mixer.parameters()):
             _descend(mixer, train, site, fit, best, progress)
             _regress(mixer, train, site, best)
         best.restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize.mixers.base import Mixer, build_mixer, mixer_class, mixer_names, register_mixer
+from linearize.mixers.citrus import Citrus
 from linearize.mixers.deltanet import DeltaNet
 from linearize.mixers.drop import Drop
 from linearize.mixers.gated_deltanet import GatedDeltaNet
@@ -16,11 +17,13 @@ from linearize.mixers.mamba2 import Mamba2
 from linearize.mixers.mixture import Mixture
 from linearize.mixers.mla import MLA
 from linearize.mixers.moments import Moments
+from linearize.mixers.q_filters import QFilters
 from linearize.mixers.slots import Slots
 from linearize.mixers.window import Window
 
 __all__ = [
     "MLA",
+    "Citrus",
     "DeltaNet",
     "Drop",
     "GatedDeltaNet",
@@ -34,6 +37,7 @@ __all__ = [
     "Mixer",
     "Mixture",
     "Moments",
+    "QFilters",
     "Slots",
     "Window",
     "build_mixer",

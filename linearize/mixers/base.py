@@ -23,7 +23,9 @@ class Mixer(nn.Module):
     """Replaces one softmax attention.
 
     Subclasses set `name`, list in `needs` the inputs beyond query, key and value that they want (fields of
-    `SiteNodes`), say in `starts_as` what they equal before any fitting, and write `state` and `forward`.
+    `SiteNodes`), say in `starts_as` what they equal before any fitting, and write `state` and `forward`. With `fits`
+    what `prepare` and gradients find is kept where the held-out error falls, or whatever it does where what they start
+    as is no candidate (`may_stay_as_started` is False).
 
     forward(query [B,H,T,d], key [B,G,T,d], value [B,G,T,dv], *needed, mask bool [B,T], positions int64 [B,T], *state)
     -> (output [B,H,T,dv], *new_state). `mask` is True for real tokens; `positions` counts a row's real tokens from 0.
@@ -35,6 +37,7 @@ class Mixer(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     starts_as: ClassVar[str] = ""
     fits: ClassVar[bool] = False
+    may_stay_as_started: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec, **options: Any) -> None:
         super().__init__()

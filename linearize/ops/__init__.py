@@ -3,6 +3,7 @@
 from linearize.ops._library import OPERATORS, Operator, OperatorError, decompositions
 from linearize.ops.attention import attention
 from linearize.ops.delta import delta_chunk
+from linearize.ops.evict import evict_chunk
 from linearize.ops.gla import gla_chunk
 from linearize.ops.gla_vec import gla_vec_chunk
 from linearize.ops.hybrid import hybrid_chunk
@@ -23,6 +24,7 @@ __all__ = [
     "decompositions",
     "delta_chunk",
     "delta_step",
+    "evict_chunk",
     "gla_chunk",
     "gla_step",
     "gla_vec_chunk",

@@ -18,14 +18,13 @@ taken, each block that joins leaves `decay` of the counts before it, the first `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
-from torch._higher_order_ops.scan import scan_op
 
 from linearize.ops._library import accumulation_dtype, define_operator, require
+from linearize.ops.blocks import Tensors, Tokens, loop, take
 from linearize.ops.slot_merge import aged, merge, merge_one_by_one, round_sizes
 
 SCHEMA = (
@@ -35,7 +34,6 @@ SCHEMA = (
     "(Tensor o, Tensor ring_k, Tensor ring_v, Tensor slot_k, Tensor slot_v, Tensor slot_n)"
 )
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Tensors = tuple[Tensor, ...]
 
 
 class Policy(NamedTuple):
@@ -151,78 +149,13 @@ def slots_chunk_decomposed(
         return _block(number, offsets, tokens, ring_k, ring_v, slots, window, scale, policy)
 
     numbers = torch.arange((length + 2 * window - 2) // window, device=q.device)
-    o, slots = _loop(body, slots, numbers, (offsets, *new[1:], ring_k, ring_v))
+    o, slots = loop(body, slots, numbers, (offsets, *new[1:], ring_k, ring_v))
     place = new.phase[:, None] + new.order
     number = torch.div(place, window, rounding_mode="floor")
     offset = new.order - (number * window - new.phase[:, None]).clamp(min=0)
     o = o[number, torch.arange(q.shape[0], device=q.device)[:, None], offset]
     end = new.before + new.total
     return o.to(q.dtype), new.ring_at(end, ring_k, new.k), new.ring_at(end, ring_v, new.v), slots[0], slots[1], slots[2]
-
-
-class Tokens(NamedTuple):
-    """The new tokens with each row's real ones in front: q, k, v; total, before, phase (place in the block) int64 [B];
-    order int64 [B,T], where the token of a column stands now."""
-
-    window: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    total: Tensor
-    before: Tensor
-    phase: Tensor
-    order: Tensor
-
-    @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, before: Tensor, window: int) -> Tokens:
-        seen = torch.cumsum(mask.to(torch.int64), dim=1)
-        order = (seen - 1).clamp(min=0)
-        columns = torch.arange(q.shape[1], device=q.device).expand(mask.shape)
-        target = torch.where(mask, order, q.shape[1])
-        column = torch.cat([torch.zeros_like(columns), torch.zeros_like(columns[:, :1])], 1)
-        column = column.scatter(1, target, columns)[:, :-1]
-        q, k, v = (take(x, column) for x in (q, k, v))
-        return Tokens(window, q, k, v, seen[:, -1], before, before % window, order)
-
-    def ring_at(self, end: Tensor, ring: Tensor, new: Tensor) -> Tensor:
-        """The ring [B,2w,G,d] after `end` [B] tokens: column c has the last rank with rank % 2w = c."""
-        size = 2 * self.window
-        last = end[:, None] - 1
-        rank = last - (last - torch.arange(size, device=ring.device)) % size
-        index = rank - self.before[:, None]
-        arrived = (index >= 0)[:, :, None, None]
-        return torch.where(arrived, take(new, index.clamp(min=0)), ring)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """x [B,T,..], index int64 [B,n] -> [B,n,..]."""
-    return x.gather(1, index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]))
-
-
-def _loop(
-    body: Callable[..., tuple[Tensor, Tensors]], slots: Tensors, numbers: Tensor, fixed: Tensors
-) -> tuple[Tensor, Tensors]:
-    """(the outputs of all blocks stacked, the slots after the last): body(slots, number, *fixed) -> (output, slots)."""
-    if isinstance(numbers.shape[0], SymInt):
-        return _scan(body, slots, numbers, fixed)
-    outputs = []
-    for number in numbers:
-        output, slots = body(slots, number, *fixed)
-        outputs.append(output)
-    return torch.stack(outputs), slots
-
-
-def _scan(
-    body: Callable[..., tuple[Tensor, Tensors]], slots: Tensors, numbers: Tensor, fixed: Tensors
-) -> tuple[Tensor, Tensors]:
-    """`_loop` as one node of the graph, which ONNX has under the same name."""
-
-    def step(*flat: Tensor) -> list[Tensor]:
-        output, after = body(flat[: len(slots)], *flat[len(slots) :])
-        return [*after, output.contiguous()]
-
-    *after, outputs = scan_op(step, [x.clone() for x in slots], [numbers], fixed)
-    return outputs, tuple(after)
 
 
 def _block(

@@ -25,6 +25,8 @@ MIXERS: tuple[tuple[str, dict], ...] = (
     ("moments", {"sinks": 2}),
     ("slots", {"slots": 3}),
     ("slots", {"slots": 6, "sinks": 2, "rounds": 2, "decay": 0.75}),
+    ("q_filters", {"keep": 5, "sinks": 2}),
+    ("citrus", {"keep": 5, "sinks": 1, "memory": 0.5}),
     ("lizard", {}),
     ("lizard", {"features": 3, "sink_logits": 1, "maps": True}),
     ("liger", {}),
@@ -80,6 +82,8 @@ class Case:
             for name, parameter in mixer.named_parameters():
                 start = 0 if name == "omega" else parameter  # the far field starts muted
                 parameter.copy_(start + 0.5 * torch.randn(parameter.shape, generator=generator))
+            if kind == "q_filters":
+                mixer.filters.copy_(torch.randn(mixer.filters.shape, generator=generator))  # type: ignore[operator]
         return mixer
 
     def inputs(self, mixer: Mixer) -> list[Tensor]:

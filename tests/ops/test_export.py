@@ -15,6 +15,7 @@ from linearize.ops import (
     decompositions,
     delta_chunk,
     delta_step,
+    evict_chunk,
     gla_chunk,
     gla_step,
     gla_vec_chunk,
@@ -127,6 +128,25 @@ class Slots(nn.Module):
         return slots_chunk(q, k, v, mask, before, *state, window=4, scale=0.5, sinks=1, rounds=2)
 
 
+class Evict(nn.Module):
+    """By what the queries gave, or with `filters` by what the keys say."""
+
+    filters: torch.Tensor | None = None
+
+    def forward(self, x):
+        q, k, v = _heads(x)
+        rows = x.new_zeros(x.shape[0])
+        mask, before = torch.ones(x.shape[:2], dtype=torch.bool), rows.long()
+        ring, kept = rows[:, None, None, None].expand(-1, 8, 2, 3), rows[:, None, None, None].expand(-1, 2, 5, 3)
+        mass = rows[:, None, None].expand(-1, 2, 13) if self.filters is None else None
+        state, options = (ring, ring, kept, kept, mass, self.filters), {"sinks": 1, "memory": 0.5}
+        return evict_chunk(q, k, v, mask, before, *state, window=4, scale=0.5, **options)
+
+
+class Filtered(Evict):
+    filters = torch.ones(2, 3)
+
+
 class Mla(nn.Module):
     """Every token is the cache of a query that is the row's sum."""
 
@@ -181,6 +201,8 @@ MODULES = {
     "window": Window,
     "ring": Ring,
     "short_conv": ShortConv,
+    "evict": Evict,
+    "filtered": Filtered,
     "slots": Slots,
     "slots_block": Block,
     "slots_merge": Merge,
@@ -278,6 +300,8 @@ def samples():
             (*merged, k, k.clone(), torch.eye(3).expand(2, -1, -1), torch.ones(2)),
             {"sinks": 1},
         ),
+        "evict": (evict_chunk, (q, k, k.clone(), *started, torch.zeros(2, 2, 8)), {"window": 2, "scale": 0.5}),
+        "filtered": (evict_chunk, (q, k, k.clone(), *started, None, k[0, 0]), {"window": 2, "scale": 0.5}),
         "slots": (slots_chunk, (q, k, k.clone(), *started, slots[..., 0].clone()), {"window": 2, "scale": 0.5}),
     }
 
