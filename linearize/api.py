@@ -17,7 +17,7 @@ from linearize.calibration.samples import sample_teacher
 from linearize.calibration.scores import site_scores
 from linearize.capture.torch_export import capture
 from linearize.errors import RewriteError
-from linearize.passes.calibrate import CalibrateOutputs
+from linearize.passes.calibrate import CalibrateOutputs, DistillEndToEnd
 from linearize.passes.lower import LOWER_PASSES
 from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention, keep_worst, read_carried
 from linearize.pipeline import run_pipeline
@@ -40,6 +40,7 @@ def compile(
     calibration: Iterable[torch.Tensor] | None = None,
     plan: Plan | None = None,
     tokens: int | None = None,
+    distill: int | None = None,
     seed: int = 0,
     progress: bool = True,
     checkpoints: str | Path | None = None,
@@ -53,6 +54,8 @@ def compile(
         calibration: batches of token ids int64 [B, T] to fit on; None draws the teacher's own samples.
         plan: what each site becomes; None lets the recipe decide.
         tokens: how many tokens to fit on; None takes the recipe's number, 0 leaves the mixers at their start.
+        distill: how many tokens to train the whole model on afterwards, by KL to the source's logits; None takes the
+            recipe's number (none in the built-in ones). The better weights stay, by KL on held-out data.
         seed: of samples and of the fit; the same numbers on the same machine.
         progress: draw progress bars on stderr.
         checkpoints: a folder in which fitted sites are kept, so that the same call goes on after an interruption and
@@ -70,8 +73,10 @@ def compile(
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
-    if plan is None and policy.wanted_scores() and calibration is not None and not isinstance(calibration, Sequence):
-        calibration = list(calibration)  # read twice: to score and to fit
+    whole = policy.distill if distill is None else policy.distill.model_copy(update={"tokens": distill})
+    again = whole.tokens > 0 or (plan is None and bool(policy.wanted_scores()))
+    if again and calibration is not None and not isinstance(calibration, Sequence):
+        calibration = list(calibration)  # read more than once: to score, to fit, to distill
     plan = plan or plan_sites(teacher, policy, calibration, seed, progress)
     plan.check([site.index for site in captured.matched])
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
@@ -81,6 +86,9 @@ def compile(
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
+    student = run_pipeline(
+        student, [DistillEndToEnd(teacher, whole, calibration, seed, progress, report, checkpoints)]
+    )
     return finish(student, plan, report, captured.source_files)
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from linearize.plan import Plan
 from linearize.program import Program, Record
 from linearize.recipe import Recipe
-from linearize.report import Report
+from linearize.report import EndToEndReport, Report
 from linearize.spec import NoMatch, Site
 
 Row = tuple[str, ...]
@@ -285,3 +285,12 @@ def report_table(report: Report) -> Table:
         errors = [figure(error) for error in (row.error_start, row.error_closed, row.error_fitted)]
         made.add_row(str(row.site), row.module, row.mixer, *errors, seconds)
     return made
+
+
+def end_to_end_text(found: EndToEndReport) -> Text:
+    """One line: the divergence before and after, and what was trained for how long."""
+    kept = "" if found.kept else " (no better: the weights from before stay)"
+    return Text(
+        f"whole model: KL {found.kl_start:.4f} -> {found.kl_end:.4f} nats a token{kept}, {found.tokens:,} tokens, "
+        f"mixers and {found.trained} ({found.parameters:,} parameters), {found.seconds:.0f} s"
+    )

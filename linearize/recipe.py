@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from linearize.distill import Distill
 from linearize.errors import RecipeError
 from linearize.mixers import mixer_class, mixer_names
 from linearize.plan import Plan, PlanEntry, first_problem
@@ -127,6 +128,7 @@ class Recipe(BaseModel):
     """A named policy; `Recipe.load(name)` reads a built-in one or a TOML file.
 
     `keep_worst`: this share of the sites, those with the largest error after fitting, stays softmax with its cache.
+    `distill`: training of the whole model afterwards; none by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -136,6 +138,7 @@ class Recipe(BaseModel):
     source: str = ""
     rules: tuple[LayerRule, ...]
     fit: Fit = Fit()
+    distill: Distill = Distill()
     keep_worst: float = Field(default=0.0, ge=0, le=1)
 
     @staticmethod

@@ -22,6 +22,22 @@ class SiteReport(BaseModel):
     seconds: float = 0.0
 
 
+class EndToEndReport(BaseModel):
+    """What distilling the whole model did: mean KL(teacher || student) in nats a token on held-out data, before and
+    after. `kept` is false where nothing on the way was better than the start, whose weights then stay."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int
+    steps: int
+    kl_start: float
+    kl_end: float
+    kept: bool
+    trained: str
+    parameters: int
+    seconds: float = 0.0
+
+
 class Report(BaseModel):
     """Everything measured while compiling one model.
 
@@ -37,6 +53,7 @@ class Report(BaseModel):
     tokens_held_out: int = 0
     data: str = ""
     sites: list[SiteReport] = Field(default_factory=list)
+    end_to_end: EndToEndReport | None = None
     refused: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     kernels: dict[str, str] = Field(default_factory=dict)

@@ -27,7 +27,7 @@ VOCABULARY = {"spec", "errors", "files", "progress", "svg", "_callable", "_autol
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
-MACHINERY = MIXERS | {"pipeline", "verify", "plan", "report", "recipe", "printing"}
+MACHINERY = MIXERS | {"pipeline", "verify", "plan", "report", "recipe", "printing", "distill"}
 LOWERING = {"kernels", "passes.lower"}
 PASSES = MACHINERY | LOWERING | {"passes"}
 SERVICES = PASSES | {"capture", "calibration", "runtime", "export"}
@@ -49,6 +49,7 @@ ALLOWED = {
     "verify": MACHINERY,
     "plan": MACHINERY,
     "report": MACHINERY,
+    "distill": VOCABULARY,
     "recipe": MACHINERY,
     "printing": MACHINERY,
     "kernels": OPERATORS | {"kernels"},

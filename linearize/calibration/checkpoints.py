@@ -2,6 +2,7 @@
 
     FOLDER/<key>/samples.safetensors    the teacher's own samples, if those are fitted on
     FOLDER/<key>/site-3.safetensors     the fitted mixer of site 3, and its row of the report
+    FOLDER/<key>/end-to-end.safetensors where the distillation of the whole model stands (`end_to_end_state`)
 
 `key` is a hash of all that the result depends on: model, plan, fit, data, seed, versions. Each file is complete or not
 there. Sites are independent, so one that was cut off is simply fitted again from its start.
@@ -67,6 +68,22 @@ class Checkpoints:
             ArtifactError: it cannot be written; what was kept before stays.
         """
         self._write(f"site-{row.site}", mixer.state_dict(), {ROW: row.model_dump_json()})
+
+    def store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Keep tensors and text under a name, for a stage that has its own form of them.
+
+        Raises:
+            ArtifactError: it cannot be written; what was kept before stays.
+        """
+        self._write(name, tensors, metadata)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What `store` kept under that name; None where nothing usable is."""
+        tensors, file = self._read(name), self._file(name)
+        if tensors is None or file is None:
+            return None
+        with safe_open(file, framework="pt") as opened:
+            return tensors, dict(opened.metadata() or {})
 
     def _file(self, name: str) -> Path | None:
         return self._folder / f"{name}.safetensors" if self._folder is not None else None

@@ -39,6 +39,12 @@ def compile_model(
     tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens to fit on; 0 leaves the mixers at their start. By recipe.")
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="TOKENS", help="Then train the whole model on so many tokens, by KL to the source. None."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of samples and of the fit.")] = 0,
     window: Annotated[int | None, typer.Option(min=1, help="The recipe's window, in tokens.")] = None,
     plan: Annotated[
@@ -72,8 +78,8 @@ def compile_model(
         say(f"compiling {type(source).__name__} with recipe {recipe}")
     with kept_beside(output, quiet) as folder:
         compiled = linearize.compile(
-            source, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed, progress=not quiet,
-            checkpoints=folder,
+            source, policy, calibration=calibration, plan=chosen, tokens=tokens, distill=distill, seed=seed,
+            progress=not quiet, checkpoints=folder,
         )  # fmt: skip
         compiled.save_pretrained(output)
     if not quiet:
@@ -102,6 +108,8 @@ def print_report(compiled: LinearizedModel, output: Path, seconds: float) -> Non
 
     console = out()
     console.print(printing.report_table(compiled.report))
+    if compiled.report.end_to_end is not None:
+        console.print(printing.end_to_end_text(compiled.report.end_to_end))
     console.print(printing.notes([*compiled.report.notes, *compiled.report.refused]))
     console.print(f"state {state_text(compiled)}", style="dim", soft_wrap=True)
     console.print(f"wrote {output} in {seconds:.0f} s", soft_wrap=True)
