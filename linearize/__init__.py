@@ -16,6 +16,7 @@ __all__ = [
     "StateTensor",
     "capture",
     "compile",
+    "compile_directory",
     "demo_model_dir",
     "export",
     "inspect",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from linearize.capture.torch_export import capture
     from linearize.export.write import export
     from linearize.mixers.base import Mixer, register_mixer
+    from linearize.on_disk import compile_directory
     from linearize.plan import Plan
     from linearize.program import StateTensor
     from linearize.recipe import Recipe, recipes
@@ -40,6 +42,7 @@ _HOMES = {
     "Plan": "linearize.plan",
     "Recipe": "linearize.recipe",
     "compile": "linearize.api",
+    "compile_directory": "linearize.on_disk",
     "demo_model_dir": "linearize.api",
     "inspect": "linearize.api",
     "load": "linearize.api",

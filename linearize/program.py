@@ -13,6 +13,7 @@ from torch import fx
 
 from linearize.errors import CaptureError
 from linearize.spec import NoMatch, Site
+from linearize.weights import ATTACHED, Weights
 
 TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 MIXERS = "linearize_mixers"
@@ -41,7 +42,7 @@ class Program:
     positions, numbers them from 0 over the padding (most do) or counts a row's real tokens (OPT).
     `fixed_batch` and `fixed_length`: the only sizes the graph is right for, where it was captured with static ones.
     Calls of `call_module` nodes that carry `meta["linearize_leaf"]` are modules of the source that stand opaque in the
-    graph, because they cannot be traced (`capture/leaves.py`).
+    graph, because they cannot be traced (`capture/leaves.py`). `weights`: where a model that stays on disk has them.
     """
 
     module: fx.GraphModule
@@ -59,8 +60,11 @@ class Program:
     fixed_length: int | None = None
     source_config: dict[str, Any] | None = None
     source_files: dict[str, bytes] = field(default_factory=dict)
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None:
+            setattr(self.module, ATTACHED, self.weights)
         if self.is_static and not hasattr(self.module, FIXED):
             setattr(self.module, FIXED, (self.fixed_batch, self.fixed_length))
             self.module.register_forward_pre_hook(_check_fixed)
@@ -94,6 +98,17 @@ class Program:
         tensor = next(iter(self.module.parameters()), None)
         return tensor.device if tensor is not None else torch.device("cpu")
 
+    @property
+    def place(self) -> torch.device:
+        """Where its values are computed: of a model that stays on disk the parameters are on the meta device, and this
+        is where its blocks are read to."""
+        return self.weights.device if self.weights is not None else self.device
+
+    @property
+    def valueless(self) -> bool:
+        """A model on the meta device of which no file holds the weights: only its structure can be asked for."""
+        return self.device.type == "meta" and self.weights is None
+
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
@@ -115,7 +130,10 @@ class Program:
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, mapping)
         graph.output(output)
-        return fx.GraphModule(self.module, graph)
+        copy = fx.GraphModule(self.module, graph)
+        if self.weights is not None:
+            setattr(copy, ATTACHED, self.weights)
+        return copy
 
     def replace(self, **changes: Any) -> Program:
         return replace(self, **changes)

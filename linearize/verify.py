@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from linearize.errors import VerificationError
 from linearize.program import LEAF, MASK, POSITIONS, TOKENS, Program, StateTensor, node_scope, op_name
 from linearize.rewriting.continuation import PADDED, probe, probe_lengths, read_continuation
-from linearize.rewriting.walk import shape_of
+from linearize.rewriting.walk import evaluate, shape_of
 
 EXACT_TOLERANCE = 1e-5
 PIECES_TOLERANCE, PIECES_TOLERANCE_IN_HALF = 1e-3, 3e-2  # what is not continued differs by 0.1 and more
@@ -187,11 +187,20 @@ def _run_piece(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     nodes = program.placeholders()
     if state is None:
-        state = [node.meta["state"].zeros(2, program.device) for node in nodes if "state" in node.meta]
+        state = [node.meta["state"].zeros(2, program.place) for node in nodes if "state" in node.meta]
     given = [inputs[str(node.target)][:, start:stop] for node in nodes if "state" not in node.meta]
-    with torch.no_grad():
-        logits, *new_state = program.module(*given, *state)
+    logits, *new_state = _run_whole(program, [*given, *state])
     return logits, new_state
+
+
+def _run_whole(program: Program, inputs: list[torch.Tensor]) -> Any:
+    """The graph's output; a model that stays on disk is read as it runs."""
+    with torch.no_grad():
+        if program.weights is None:
+            return program.module(*inputs)
+        output = next(node for node in program.graph.nodes if node.op == "output")
+        nodes = list(output.args[0]) if isinstance(output.args[0], tuple | list) else [output.args[0]]
+        return evaluate(program.module, nodes, dict(zip(program.placeholders(), inputs, strict=True)))
 
 
 def _first_not_continued(program: Program) -> str:

@@ -23,7 +23,7 @@ FOLDER_OF_PACKAGE = {
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
-VOCABULARY = {"spec", "errors", "files", "progress", "svg", "_callable", "_autoload"}
+VOCABULARY = {"spec", "errors", "files", "progress", "svg", "_callable", "_autoload", "tensorfile", "weights"}
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
@@ -39,6 +39,8 @@ ALLOWED = {
     "files": VOCABULARY,
     "progress": VOCABULARY,
     "svg": VOCABULARY,
+    "tensorfile": VOCABULARY,
+    "weights": VOCABULARY,
     "_callable": VOCABULARY,
     "_autoload": VOCABULARY,
     "ops": OPERATORS,
@@ -64,7 +66,8 @@ ALLOWED = {
     "page": MACHINERY | {"svg", "page"},
     "serving": SERVICES | {"serving"},
     "api": SERVICES | {"api", "passes.calibrate"},
-    "cli": SERVICES | {"api", "cli", "root", "passes.calibrate", "serving", "page"},
+    "on_disk": SERVICES | {"api", "passes.calibrate"},
+    "cli": SERVICES | {"api", "on_disk", "cli", "root", "passes.calibrate", "serving", "page"},
     "root": VOCABULARY,
 }
 
@@ -72,7 +75,7 @@ ALLOWED = {
 LAZY = {
     "_autoload": {"huggingface"},
     "runtime": {"huggingface"},
-    "root": SERVICES | {"api", "cli"},
+    "root": SERVICES | {"api", "cli", "on_disk"},
 }
 
 # third-party package: the modules that may import it, wherever in the file the import stands.

@@ -5,7 +5,8 @@
     FOLDER/<key>/end-to-end.safetensors where the distillation of the whole model stands (`end_to_end_state`)
 
 `key` is a hash of all that the result depends on: model, plan, fit, data, seed, versions. Each file is complete or not
-there. Sites are independent, so one that was cut off is simply fitted again from its start.
+there. Sites are independent, so one that was cut off is simply fitted again from its start. Where the teacher's
+activations are spilled to disk (`spill`), they are beside these files, and found again in the same way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from linearize.errors import ArtifactError
 from linearize.files import write_atomically
 from linearize.mixers import Mixer
 from linearize.report import SiteReport
+from linearize.tensorfile import Stored, read_header
 
 ROW = "row"
 
@@ -84,6 +86,16 @@ class Checkpoints:
             return None
         with safe_open(file, framework="pt") as opened:
             return tensors, dict(opened.metadata() or {})
+
+    @property
+    def folder(self) -> Path | None:
+        """Of this very fit; everything in it is of the same model, plan, data and seed."""
+        return self._folder
+
+    def stored(self, site: int) -> dict[str, Stored]:
+        """Where the fitted mixer of a site is on disk, by the names of its state; {} where it was not kept."""
+        file = self._file(f"site-{site}")
+        return read_header(file)[0] if file is not None and file.is_file() else {}
 
     def _file(self, name: str) -> Path | None:
         return self._folder / f"{name}.safetensors" if self._folder is not None else None

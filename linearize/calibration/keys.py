@@ -22,7 +22,10 @@ def tokens_key(batches: list[Tensor]) -> str:
 
 
 def model_key(program: Program) -> str:
-    """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers."""
+    """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers. Of a model
+    that stays on disk slices of its files count."""
+    if program.weights is not None:
+        return hash_of("on disk", program.model_name, program_text(program), program.weights.key())
     digest = hashlib.sha256(f"1 {program.model_name}\n{program_text(program)}".encode())
     for name, parameter in sorted(program.module.named_parameters()):
         flat = parameter.detach().flatten()

@@ -34,6 +34,11 @@ def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progre
     Raises:
         DataError: the vocabulary is unknown, so nothing can be drawn; pass calibration data.
     """
+    if teacher.weights is not None:
+        raise DataError(
+            "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
+            "(--data FILE, or calibration=...), or fit nothing (--tokens 0)"
+        )
     vocabulary = teacher.vocab_size
     if vocabulary is None:
         raise DataError("the model embeds no token ids in a way that tells its vocabulary; pass calibration data")

@@ -43,7 +43,7 @@ def site_scores(
     Raises:
         RecipeError: the model has no weights, or no residual stream was found around a site.
     """
-    if teacher.device.type == "meta":
+    if teacher.valueless:
         raise RecipeError(f"{wanted[0].name} cannot be measured: the model has no weights; list the layers instead")
     model = model_key(teacher)
     files = {score.name: _folder() / f"{hash_of(model, data_key, score.name)}.json" for score in wanted}
@@ -75,7 +75,7 @@ def _score(stream: TeacherStream, site: Site, score: Score) -> float | None:
     options = dict(score.options)
     if mixer_class(score.mixer).refusal_with(site, options) is not None:
         return None
-    mixer = build_mixer(score.mixer, site.attention, options).to(stream.program.device)
+    mixer = build_mixer(score.mixer, site.attention, options).to(stream.program.place)
     if mixer.fits:
         mixer.prepare(*stream.site_values(site, mixer.needs, 0))
     return output_error(mixer, stream, site) if score.kind == "error" else replaced_loss(stream, site, mixer)

@@ -1,32 +1,41 @@
-"""The teacher, streamed: one site at a time, over batches, from the activations that are live at the last cut.
+"""The teacher, streamed: one block at a time, over all batches, from what crosses the last cut (`blocks`).
 
-A cut lies behind each site's attention. What is kept between cuts is, for every batch, only the activations that later
-nodes still read (the residual stream); positions and masks are recomputed. Memory is tokens x width of that cut,
-whatever the number of layers, and no layer is run twice for a later one.
+What is kept between blocks is, for every batch, what later nodes still read (the residual stream), in memory or on
+disk (`spill`); of a model that stays on disk the weights of the block that runs are in memory, and no others. No layer
+is run twice for a later one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from linearize.passes.match.region import read_flow
+from linearize.calibration.blocks import Blocks, is_finite
+from linearize.calibration.spill import Spill
+from linearize.errors import DataError
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 from linearize.rewriting.walk import evaluate
 from linearize.spec import Site
 
 
 class TeacherStream:
-    """Walks a raised program from site to site. `batches` are int64 [B, T] on any device."""
+    """Walks a raised program from site to site. `batches` are int64 [B, T] on any device.
 
-    def __init__(self, program: Program, batches: list[Tensor]) -> None:
-        self.program, self.batches = program, [batch.to(program.device) for batch in batches]
-        self._activations = read_flow(program).activations
-        self._order = {node: index for index, node in enumerate(program.graph.nodes)}
+    The walk is lazy: a site of which no value is asked is passed without running anything.
+    """
+
+    def __init__(
+        self, program: Program, batches: Sequence[Tensor], spill: Spill | None = None, blocks: Blocks | None = None
+    ) -> None:
+        self.program, self.batches = program, batches
+        self.blocks = blocks or Blocks(program)
         self._nodes = program.nodes_by_name()
-        self._live: list[dict[fx.Node, Tensor]] = [{} for _ in batches]
+        self._spill = spill or Spill()
+        self._cut = self._wanted = 0
 
     def site_values(self, site: Site, needs: tuple[str, ...], batch: int) -> tuple[list[Tensor], Tensor]:
         """([query, key, value, *needs], the teacher's output [B,H,T,dv]) of a site on one batch."""
@@ -35,11 +44,10 @@ class TeacherStream:
         return inputs, output
 
     def walk(self, sites: tuple[Site, ...]) -> Iterator[Site]:
-        """Each site in order; between two of them every batch moves on to the cut behind the first."""
-        for index, site in enumerate(sites):
+        """Each site in order; when a value of it is asked for, every batch moves on to the cut before it."""
+        for site in sites:
+            self._wanted = self.blocks.index(site)
             yield site
-            if index + 1 < len(sites):
-                self._advance(self._nodes[site.nodes.core])
 
     def logits(self, batch: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
         """[B, T, V] of one batch, from wherever the walk stands; `replaced` gives nodes other values by name."""
@@ -51,23 +59,65 @@ class TeacherStream:
         """Of any nodes behind the last cut, by name."""
         return evaluate(self.program.module, [self._nodes[name] for name in names], self._given(batch))
 
-    def _advance(self, cut: fx.Node) -> None:
-        position = self._order[cut]
-        keep = [
-            node for node in self._activations
-            if self._order[node] <= position and any(self._order[user] > position for user in node.users)
-            and isinstance(node.meta.get("val"), Tensor)
-        ]  # fmt: skip
+    def _move(self) -> None:
+        """To the cut that is wanted, from the nearest one that is known."""
+        crossing = [len(nodes) for nodes in self.blocks.crossing]
+        known = self._spill.newest(self._wanted, len(self.batches), crossing)
+        self._cut = max(known, self._cut) if self._cut <= self._wanted else known
+        while self._cut < self._wanted:
+            self._advance()
+        self._hold()
+
+    def _advance(self) -> None:
+        self._hold()
+        cut, keep = self._cut + 1, self.blocks.crossing[self._cut + 1]
+        writer = self._spill.writer(cut)
         for batch in range(len(self.batches)):
-            values = evaluate(self.program.module, keep, self._given(batch))
-            self._live[batch] = dict(zip(keep, values, strict=True))
+            values = evaluate(self.program.module, keep, self._made(batch))
+            for node, value in zip(keep, values, strict=True):
+                self._check(node, value, batch)
+            writer.add(values)
+        writer.close()
+        self._spill.drop(self._cut)
+        self._cut = cut
+
+    def _hold(self) -> None:
+        """The weights of the block behind the cut, and no others."""
+        if self.program.weights is not None:
+            self.program.weights.hold(self.blocks.parameters(self._cut))
+            give_memory_back()
+
+    def _check(self, node: fx.Node, value: Tensor, batch: int) -> None:
+        if value.is_floating_point() and not is_finite(value):
+            site = self.blocks.sites[self._cut]
+            raise DataError(
+                f"the teacher's activations are not finite before site {site.index} ({site.module}), at {node.name} on "
+                f"batch {batch}: its weights, its dtype or this text break it; look at it before fitting to it"
+            )
 
     def _given(self, batch: int) -> dict[fx.Node, Tensor]:
-        ids = self.batches[batch]
+        if self._cut != self._wanted:
+            self._move()
+        return self._made(batch)
+
+    def _made(self, batch: int) -> dict[fx.Node, Tensor]:
+        ids = self.batches[batch].to(self.program.place)
         made = {
             TOKENS: ids,
             MASK: torch.ones_like(ids),
             POSITIONS: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
         }
         inputs = {node: made[str(node.target)] for node in self.program.placeholders()}
-        return {**inputs, **self._live[batch]}
+        if not self._cut:
+            return inputs
+        crossing = self._spill.read(self._cut, batch)
+        kept = dict(zip(self.blocks.crossing[self._cut], (tensor.to(ids.device) for tensor in crossing), strict=True))
+        return {**inputs, **kept}
+
+
+def give_memory_back() -> None:
+    """What was freed goes back to the system: the C library keeps it, in pieces that the next block does not fit."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

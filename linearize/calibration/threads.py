@@ -21,7 +21,7 @@ def threads_for(program: Program) -> Iterator[None]:
     and 469 s on two. How the two compare on idle cores was not measured.
     """
     parameters = sum(parameter.numel() for parameter in program.module.parameters())
-    if program.device.type != "cpu" or parameters >= SMALL:
+    if program.place.type != "cpu" or parameters >= SMALL:
         yield
         return
     before = torch.get_num_threads()

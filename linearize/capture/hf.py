@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,43 @@ def _source_file(model: nn.Module, name: str, file: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(cached) if isinstance(cached, str) else None
+
+
+def skeleton(directory: str | Path) -> nn.Module:
+    """The causal language model of a local directory with its parameters on the meta device, buffers as it makes them.
+
+    Raises:
+        ArtifactError: there is no such model, or its weights are quantised.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory))
+        if getattr(config, "quantization_config", None) is not None:
+            raise ArtifactError(f"{directory} holds quantised weights, which cannot be streamed; dequantise them first")
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config).eval()
+        if Path(directory, "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"cannot make a causal language model from {str(directory)!r}: {first}") from error
+    model.config._name_or_path = str(directory)
+    return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Every parameter that a module registers goes to the meta device at once: none is filled, none stays."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

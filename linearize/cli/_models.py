@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ MODEL_HELP = (
 )
 FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 COMPILED = "linearize.json"
+SCORED = 4096  # tokens that a recipe may want for ranking layers, though it fits none
 
 
 def load_source(name: str) -> nn.Module:
@@ -115,8 +117,8 @@ def make_module(name: str) -> nn.Module:
     return model.eval()
 
 
-def read_calibration(sources: list[Source], name: str, model: nn.Module, fit: Fit, tokens: int | None) -> TextRows:
-    """Text as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL.
+def read_calibration(sources: list[Source], name: str, limit: int | None, fit: Fit, tokens: int | None) -> TextRows:
+    """Text as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL, T within its `limit`.
 
     Raises:
         DataError: the model has no tokenizer, or a source is unusable.
@@ -130,12 +132,28 @@ def read_calibration(sources: list[Source], name: str, model: nn.Module, fit: Fi
         raise DataError(
             f"{name} has no tokenizer to read {sources[0].path} with; call linearize.compile with token ids instead"
         )
-    length = min(fit.length, context_limit(model) or fit.length)
-    return read_mixture(sources, tokenizer, length, tokens or fit.tokens, fit.batch)
+    wanted = max(fit.tokens if tokens is None else tokens, SCORED)
+    return read_mixture(sources, tokenizer, min(fit.length, limit or fit.length), wanted, fit.batch)
 
 
 def context_limit(model: nn.Module) -> int | None:
     """Longest context that the model's config states, or None."""
-    config: Any = getattr(model, "config", None)
-    found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return _limit(getattr(getattr(model, "config", None), "__dict__", {}))
+
+
+def context_limit_of(directory: str | Path) -> int | None:
+    """The same of a directory, whose model is not loaded.
+
+    Raises:
+        ArtifactError: it has no config.json that can be read.
+    """
+    path = Path(directory, "config.json")
+    try:
+        return _limit(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{directory} has no config.json that can be read: not a transformers model") from error
+
+
+def _limit(config: dict[str, Any]) -> int | None:
+    found = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return next((value for value in found if isinstance(value, int) and value > 1), None)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linearize.cli._mixers import Mixers
-from linearize.cli._models import MODEL_HELP, load_source, read_calibration
+from linearize.cli._models import (
+    COMPILED,
+    MODEL_HELP,
+    context_limit,
+    context_limit_of,
+    load_source,
+    locate,
+    read_calibration,
+)
 from linearize.cli._shell import out, say
 
 if TYPE_CHECKING:
@@ -51,6 +59,17 @@ def compile_model(
         Path | None, typer.Option(help="A plan to follow, as inspect --save-plan wrote it and you edited it.")
     ] = None,
     mixers: Mixers = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            help="One block of the model in memory at a time. By itself where a local model does not fit.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory that streaming may take: 8GiB. What is free.", show_default=False),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")] = False,
 ) -> None:
     """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.
@@ -58,9 +77,11 @@ def compile_model(
     DIR holds weights, graph, plan, report and the tokenizer. It appears complete or not at all. While fitting, finished
     layers are kept in DIR.fitting: after an interruption the same command goes on from them.
     """
+    from linearize.calibration.limits import parse_bytes
     from linearize.files import check_new_directory
 
     check_new_directory(output)
+    most = parse_bytes(memory) if memory is not None else None
     from linearize.calibration.sources import parse_source
 
     sources = [parse_source(text) for text in data or []]
@@ -71,12 +92,25 @@ def compile_model(
     policy = Recipe.load(recipe)
     policy = policy if window is None else policy.with_options(window=window)
     chosen = Plan.load(plan) if plan is not None else None
-    source = load_source(model)
-    calibration = read_calibration(sources, model, source, policy.fit, tokens) if sources else None
+    directory = streamed_directory(model, streaming, most)
+    source = load_source(model) if directory is None else None
+    limit = context_limit(source) if source is not None else context_limit_of(str(directory))
+    calibration = read_calibration(sources, model, limit, policy.fit, tokens) if sources else None
     started = time.perf_counter()
     if not quiet:
-        say(f"compiling {type(source).__name__} with recipe {recipe}")
+        how = f"{model} block by block" if source is None else type(source).__name__
+        say(f"compiling {how} with recipe {recipe}")
     with kept_beside(output, quiet) as folder:
+        if source is None:
+            from linearize.on_disk import compile_directory
+
+            compiled = compile_directory(
+                str(directory), output, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed,
+                progress=not quiet, memory=most, work=folder, say=(lambda text: None) if quiet else say,
+            )  # fmt: skip
+            if not quiet:
+                print_report(compiled, output, time.perf_counter() - started)
+            return
         compiled = linearize.compile(
             source, policy, calibration=calibration, plan=chosen, tokens=tokens, distill=distill, seed=seed,
             progress=not quiet, checkpoints=folder,
@@ -84,6 +118,28 @@ def compile_model(
         compiled.save_pretrained(output)
     if not quiet:
         print_report(compiled, output, time.perf_counter() - started)
+
+
+def streamed_directory(model: str, streaming: bool | None, memory: int | None) -> str | None:
+    """The directory to stream from; None where MODEL is loaded whole.
+
+    Raises:
+        ArtifactError: streaming is asked for, and MODEL is no local directory.
+    """
+    from linearize.errors import ArtifactError
+
+    if streaming is False:
+        return None
+    location = locate(model)
+    if location is None or not Path(location).is_dir() or Path(location, COMPILED).is_file():
+        if streaming or memory is not None:
+            raise ArtifactError(f"{model} is no local directory of a transformers model, which is what can be streamed")
+        return None
+    if streaming or memory is not None:
+        return location
+    from linearize.on_disk import needs_streaming
+
+    return location if needs_streaming(location) else None
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def probe_lengths(program: Program) -> tuple[int, int]:
 
 def probe(program: Program, batch: int, length: int, padded: int) -> dict[str, torch.Tensor]:
     """Inputs by name: reproducible token ids; the second row starts with `padded` tokens of padding."""
-    device, vocabulary = program.device, program.vocab_size or 2
+    device, vocabulary = program.place, program.vocab_size or 2
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (batch, length), generator=generator).to(device)
     mask = torch.ones_like(ids)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from linearize.weights import ATTACHED, Weights
 
 MAX_INDEX = 9223372036854775807
 
@@ -42,17 +45,26 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
 
 
 def evaluate(module: fx.GraphModule, targets: list[fx.Node], given: dict[fx.Node, Any]) -> list[Any]:
-    """Values of `targets` when the nodes in `given` have the given values; only what is needed is computed.
+    """Values of `targets` when the nodes in `given` have the given values; only what is needed is computed, and each
+    value is let go of behind its last use.
 
-    Constants that the graph makes on the meta device are made on the CPU, so masks and positions of a model without
-    weights can be read too.
+    Constants that the graph makes on the meta device are made where the weights are, or on the CPU, so masks and
+    positions of a model without weights can be read too. Parameters of a model that stays on disk (`linearize.weights`)
+    are read where they are used.
     """
     values = dict(given)
-    needed = ordered(cone(targets, given), module.graph)
+    needed = [node for node in ordered(cone(targets, given), module.graph) if node not in values]
+    uses = Counter(arg for node in needed for arg in node.all_input_nodes)
+    uses.update(targets)
     with torch.no_grad():
         for node in needed:
-            if node not in values:
-                values[node] = _run(node, module, values)
+            if node.op == "get_attr" and node not in targets:
+                continue
+            values[node] = _run(node, module, values)
+            for arg in node.all_input_nodes:
+                uses[arg] -= 1
+                if not uses[arg]:
+                    values.pop(arg, None)
     return [values[target] for target in targets]
 
 
@@ -65,15 +77,33 @@ def ordered(nodes: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
 
 def _run(node: fx.Node, module: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
-        return attribute(module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: values[arg])
+        return parameter(module, str(node.target))
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: _value(arg, module, values))
     if str(kwargs.get("device")) == "meta":
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": place_of(module)}
     if node.op == "call_module":
         return attribute(module, str(node.target))(*args, **kwargs)
     if node.op != "call_function":
         raise ValueError(f"no value given for {node.op} {node.name}")
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value(node: fx.Node, module: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
+    """A parameter is read anew wherever it is used: the graph reads all of them at its top."""
+    return parameter(module, str(node.target)) if node.op == "get_attr" and node not in values else values[node]
+
+
+def parameter(module: torch.nn.Module, name: str) -> Any:
+    """What the graph finds under a name: the module's own, or from disk where the module has it without values."""
+    value = attribute(module, name)
+    weights: Weights | None = getattr(module, ATTACHED, None)
+    return weights.get(name) if weights is not None and name in weights and value.is_meta else value
+
+
+def place_of(module: torch.nn.Module) -> torch.device:
+    """Where the values of a module on the meta device are computed."""
+    weights: Weights | None = getattr(module, ATTACHED, None)
+    return weights.device if weights is not None else torch.device("cpu")
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:

@@ -87,6 +87,13 @@ def _contents(
     model: LinearizedModel, state_dict: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, bytes], dict[str, Tensor]]:
     """Every file but the weights, and the weights."""
+    check_savable(model)
+    tensors, shared = _unique_tensors(model.source.module, state_dict or {})
+    return contents_beside(model, shared), tensors
+
+
+def check_savable(model: LinearizedModel) -> None:
+    """Raises ArtifactError where something of the model runs the source's Python code."""
     program = model.source
     if program.leaves:
         raise ArtifactError(
@@ -94,7 +101,11 @@ def _contents(
             "source's Python code, which no saved model may hold; keep the compiled model in memory, or rewrite these "
             "modules without control flow that depends on values or lengths"
         )
-    tensors, shared = _unique_tensors(program.module, state_dict or {})
+
+
+def contents_beside(model: LinearizedModel, shared: dict[str, str]) -> dict[str, bytes]:
+    """Every file but the weights; `shared`: other names of a tensor -> the one that it is stored under."""
+    program = model.source
     manifest = Manifest(
         format=FORMAT,
         model_name=program.model_name,
@@ -117,7 +128,7 @@ def _contents(
         contents[CONFIG] = json.dumps(config_json(manifest.source_config), indent=1).encode()
     contents[GRAPH] = json.dumps(graph_to_json(program.graph), separators=(",", ":")).encode()
     contents[MANIFEST] = manifest.model_dump_json(indent=1).encode()
-    return contents, tensors
+    return contents
 
 
 def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,7 +136,7 @@ def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[s
     first: dict[tuple[int, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    for name, tensor in _named_tensors(module):
+    for name, tensor in named_tensors(module):
         if tensor.device.type == "meta":
             raise ArtifactError(f"{name} has no values (meta device); load the weights before saving")
         key = (tensor.data_ptr(), *tensor.shape)
@@ -137,7 +148,7 @@ def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[s
     return tensors, shared
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers, every name of a shared one included."""
     parameters = list(module.named_parameters(remove_duplicate=False))
     known = set(module.state_dict())

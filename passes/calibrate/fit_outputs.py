@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from linearize.calibration.blocks import Blocks
 from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.data import checked_batches, held_out_split, split_rows
 from linearize.calibration.fit import fit_mixer
 from linearize.calibration.keys import hash_of, model_key, tokens_key
 from linearize.calibration.samples import sample_teacher
+from linearize.calibration.spill import Spill
 from linearize.calibration.teacher import TeacherStream
 from linearize.calibration.threads import threads_for
-from linearize.mixers import Mixer
+from linearize.mixers import Mixer, build_mixer
 from linearize.pipeline import Keeps, Stage
 from linearize.program import MIXERS, Program
 from linearize.progress import Progress
 from linearize.recipe import Fit
 from linearize.report import Report
 from linearize.rewriting.walk import attribute
+from linearize.spec import Site
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,10 @@ class CalibrateOutputs:
 
     Every eighth batch is held out; the errors in the report are measured on it alone. `tokens` = 0 leaves all mixers
     at their start and measures nothing. With `folder`, what is fitted is kept there site by site, and found
-    again by the same call.
+    again by the same call; with `spill` what the teacher hands from block to block is kept there too.
+
+    Of a model that stays on disk the program holds mixers without values: each is made when its turn comes, and what
+    was fitted is in `folder` alone.
     """
 
     teacher: Program
@@ -43,6 +50,7 @@ class CalibrateOutputs:
     progress: bool
     report: Report
     folder: str | Path | None = None
+    spill: bool = False
 
     name: ClassVar[str] = "calibrate_outputs"
     stage: ClassVar[Stage] = Stage.CALIBRATE
@@ -50,7 +58,7 @@ class CalibrateOutputs:
 
     def run(self, program: Program) -> Program:
         budget = self.fit.tokens if self.tokens is None else self.tokens
-        mixers = {site.index: attribute(program.module, f"{MIXERS}.{site.index}") for site in program.matched}
+        mixers = _mixers(program)
         if budget <= 0:
             return program
         with threads_for(self.teacher):
@@ -80,6 +88,11 @@ class CalibrateOutputs:
     def _drawn(self, budget: int, progress: Progress) -> list[Tensor]:
         return sample_teacher(self.teacher, budget, self.fit.length, self.seed, progress)
 
+    def checkpoints(self, program: Program) -> Checkpoints:
+        """Where what is fitted to given data is kept."""
+        budget = self.fit.tokens if self.tokens is None else self.tokens
+        return self._checkpoints(_mixers(program), self._given(budget, program.max_positions), budget)
+
     def _checkpoints(self, mixers: dict[int, Mixer], given: list[Tensor] | None, budget: int) -> Checkpoints:
         """Kept under all that the result depends on."""
         if self.folder is None:
@@ -93,12 +106,27 @@ class CalibrateOutputs:
     def _fit_all(
         self, train: list[Tensor], held: list[Tensor], mixers: dict[int, Mixer], kept: Checkpoints, progress: Progress
     ) -> None:
-        sites = self.teacher.matched
-        streams = TeacherStream(self.teacher, train), TeacherStream(self.teacher, held)
+        sites, blocks = self.teacher.matched, Blocks(self.teacher)
+        folder = kept.folder / "spill" if self.spill and kept.folder is not None else None
+        streams = [
+            TeacherStream(self.teacher, batches, Spill(folder, name), blocks)
+            for name, batches in (("train", train), ("held", held))
+        ]
         rows = {row.site: row for row in self.report.sites}
         walks = zip(streams[0].walk(sites), streams[1].walk(sites), strict=True)
         for site, _ in progress.track(walks, "fitting sites", total=len(sites)):
-            mixer, row = mixers[site.index], rows[site.index]
+            mixer, row = self._with_values(mixers[site.index], site), rows[site.index]
             if not kept.restore(mixer, row):
-                fit_mixer(mixer, *streams, site, self.fit, row, progress)
+                fit_mixer(mixer, streams[0], streams[1], site, self.fit, row, progress)
                 kept.keep(mixer, row)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _with_values(self, mixer: Mixer, site: Site) -> Mixer:
+        if self.teacher.weights is None:
+            return mixer
+        return build_mixer(mixer.name, site.attention, mixer.options).to(self.teacher.place)
+
+
+def _mixers(program: Program) -> dict[int, Mixer]:
+    return {site.index: attribute(program.module, f"{MIXERS}.{site.index}") for site in program.matched}

@@ -204,7 +204,7 @@ def _unrotated(
         return None, None, None, ("rope not recovered: no node of the same shape stands before the rotation",)
     if plain_query is query and plain_key is key:
         return query, key, None, ()
-    if flow.program.device.type == "meta":
+    if flow.program.valueless:
         return None, None, None, ("rope not recovered: the meta device holds no values to prove a rotation by",)
     found = [read_rope(flow, a, b) for a, b in ((plain_query, query), (plain_key, key))]
     if found[0] is None or found[0] != found[1]:

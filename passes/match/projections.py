@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from linearize.passes.match.region import Flow, projections_of
 from linearize.program import TOKENS
 from linearize.rewriting.probes import plain_inputs, random_like
-from linearize.rewriting.walk import attribute, evaluate, is_op, shape_of
+from linearize.rewriting.walk import evaluate, is_op, parameter, shape_of
 from linearize.spec import Projection, Role
 
 aten = torch.ops.aten
@@ -203,12 +203,12 @@ def _agrees(flow: Flow, affine: _Affine, moved: fx.Node, rows: Tensor | None) ->
 def apply_projection(module: fx.GraphModule, claim: Projection, x: Tensor) -> Tensor:
     """All channels of the product that the claim names, from its parameters."""
     with torch.no_grad():
-        weight = attribute(module, claim.parameter)
+        weight = parameter(module, claim.parameter)
         y: Tensor = x @ (weight if claim.transposed else weight.T)
         if claim.bias:
-            y = y + attribute(module, claim.bias)
+            y = y + parameter(module, claim.bias)
         if claim.adapter:
-            down, up = (attribute(module, name) for name in claim.adapter)
+            down, up = (parameter(module, name) for name in claim.adapter)
             y = y + claim.adapter_scale * (x @ down.T @ up.T)
         return y
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from linearize.rewriting.walk import attribute, cone, is_op, ordered, shape_of
+from linearize.rewriting.walk import cone, is_op, ordered, parameter, place_of, shape_of
 
 aten = torch.ops.aten
 
@@ -66,13 +66,13 @@ class _Reader:
 
     def run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            value = attribute(self.module, str(node.target))
+            value = parameter(self.module, str(node.target))
             return self.cut(value) if self.is_square(node) else value
         if node.op != "call_function":
             raise ValueError(f"no value given for {node.op} {node.name}")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: values[arg])
         if str(kwargs.get("device")) == "meta":
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+            kwargs = {**kwargs, "device": place_of(self.module)}
         call: Callable[..., Any] = node.target  # type: ignore[assignment]
         squares = [arg for arg in node.all_input_nodes if self.is_square(arg)]
         if not self.is_square(node):

@@ -13,6 +13,7 @@ from linearize.pipeline import Keeps, Stage
 from linearize.program import MASK, TOKENS, Program
 from linearize.rewriting.editor import Editor
 from linearize.spec import NoMatch, Site
+from linearize.weights import ATTACHED
 
 aten = torch.ops.aten
 
@@ -98,6 +99,8 @@ def _position_bias(editor: Editor, site: Site, real: fx.Node | None, keys: fx.No
     name = f"linearize_alibi_{site.index}"
     device = next((parameter.device for parameter in editor.module.parameters()), None)
     slopes = torch.tensor(spec.alibi, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+    if slopes.is_meta and hasattr(editor.module, ATTACHED):
+        getattr(editor.module, ATTACHED).values[name] = torch.tensor(spec.alibi).reshape(1, -1, 1, 1)
     editor.module.register_buffer(name, slopes)
     distance = editor.call(aten.unsqueeze.default, _pairs(editor, aten.sub.Tensor, ranks), 1)
     bias = editor.call(aten.mul.Tensor, editor.graph.get_attr(name), distance)

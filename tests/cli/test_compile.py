@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import linearize
+import linearize.on_disk
 from linearize.plan import Plan
 from tests.cli.conftest import Run, assert_one_error
 
@@ -75,6 +76,41 @@ def test_an_interrupted_fit_is_gone_on_from_by_the_same_command(
 
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_streaming_writes_the_same_and_says_first_what_it_takes(run: Run, llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    options = ("--data", tmp_path / "text.txt", "--tokens", 1024, "--recipe", "lolcats{window=8,features=8}")
+    streamed = run("compile", llama_dir, "-o", tmp_path / "streamed", "--streaming", *options)
+    assert streamed.exit_code == 0, streamed.output
+    assert "of memory" in streamed.stderr
+    assert "block by block" in streamed.stderr
+    assert run("compile", llama_dir, "-o", tmp_path / "whole", "--no-streaming", *options).exit_code == 0
+    ids = torch.arange(40)[None]
+    logits = [linearize.load(tmp_path / name)(ids).logits for name in ("streamed", "whole")]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-6)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["streamed", "text.txt", "whole"]
+
+
+def test_a_model_that_does_not_fit_is_streamed_by_itself(
+    run: Run, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not linearize.on_disk.needs_streaming(llama_dir)
+    monkeypatch.setattr("linearize.on_disk.free_memory", lambda: 300 << 20)
+    assert linearize.on_disk.needs_streaming(llama_dir)
+    result = run("compile", llama_dir, "-o", tmp_path / "out", "--recipe", "lolcats")
+    assert_one_error(result, "not sampled", "--data FILE")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("plain_model_of_a_user:make", "--streaming"), "is no local directory of a transformers model"),
+        (("demo", "--memory", "lots"), "'lots' is no amount of memory; write 8GiB"),
+    ],
+)
+def test_streaming_what_cannot_be_is_told(run: Run, plain_module: Path, options: tuple[str, ...], message: str) -> None:
+    assert_one_error(run("compile", "-o", "out", *options), message)
 
 
 # ---- refused before any work: the model named here does not exist ----------------------------------------------------
