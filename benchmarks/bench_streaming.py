@@ -83,7 +83,8 @@ def fit(source: Path, output: Path, tokens: int, spill: str, limit: int) -> dict
 
     on_disk.forecast = watched
     model = on_disk.compile_directory(
-        source, output, RECIPE, calibration=data, tokens=tokens, progress=False, spill=spill, say=lambda text: None,  # type: ignore[arg-type]
+        source, output, RECIPE, calibration=data, tokens=tokens, progress=False, spill=spill,  # type: ignore[arg-type]
+        say=lambda text: None,
     )  # fmt: skip
     found["seconds"] = time.perf_counter() - found.pop("started")
     found["peak"] = peak_memory()
@@ -124,7 +125,7 @@ def main() -> None:
         folder, tokens, spill, limit = json.loads(given.child)
         print(json.dumps(fit(Path(folder) / "source", Path(folder) / "out", tokens, spill, limit)))
         return
-    print("| layers | width | weights, MiB | largest block | peak of capture | predicted | peak | limit | s | predicted s |")
+    print("| layers | width | weights, MiB | largest block | peak of capture | predicted | peak | limit | s | expected |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     runs = [(layers, False) for layers in given.layers] + ([] if given.no_limit else [(given.layers[-1], True)])
     rows = []

@@ -104,6 +104,8 @@ def compile_directory(
     check_fits(found, memory, target.absolute().parent)
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     report = start_report(student, plan, seed)
+    if policy.distill.tokens:
+        report.notes.append("not distilled end to end, which needs the whole model in memory")
     fit = CalibrateOutputs(
         teacher, policy.fit, _described(given, calibration), tokens, seed, progress, report, folder, not found.in_memory
     )

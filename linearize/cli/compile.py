@@ -78,6 +78,7 @@ def compile_model(
     layers are kept in DIR.fitting: after an interruption the same command goes on from them.
     """
     from linearize.calibration.limits import parse_bytes
+    from linearize.errors import RecipeError
     from linearize.files import check_new_directory
 
     check_new_directory(output)
@@ -93,6 +94,8 @@ def compile_model(
     policy = policy if window is None else policy.with_options(window=window)
     chosen = Plan.load(plan) if plan is not None else None
     directory = streamed_directory(model, streaming, most)
+    if directory is not None and distill:
+        raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one of them out")
     source = load_source(model) if directory is None else None
     limit = context_limit(source) if source is not None else context_limit_of(str(directory))
     calibration = read_calibration(sources, model, limit, policy.fit, tokens) if sources else None
