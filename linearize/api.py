@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch.export import ExportedProgram
 
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.keys import tokens_key
+from linearize.calibration.low_rank import whitened_factors
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.scores import site_scores
+from linearize.calibration.searches import search_plan
 from linearize.capture.torch_export import capture
 from linearize.errors import RewriteError
 from linearize.passes.calibrate import CalibrateOutputs, DistillEndToEnd
 from linearize.passes.lower import LOWER_PASSES
-from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention, keep_worst, read_carried
+from linearize.passes.rewrite import CarryHistory, InsertMixers, LowerRank, RaiseAttention, keep_worst, read_carried
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
 from linearize.program import Program
@@ -74,7 +77,8 @@ def compile(
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
     whole = policy.distill if distill is None else policy.distill.model_copy(update={"tokens": distill})
-    again = whole.tokens > 0 or (plan is None and bool(policy.wanted_scores()))
+    looks = policy.wanted_scores() or policy.searches if plan is None else plan.low_rank
+    again = whole.tokens > 0 or looks
     if again and calibration is not None and not isinstance(calibration, Sequence):
         calibration = list(calibration)  # read more than once: to score, to fit, to distill
     plan = plan or plan_sites(teacher, policy, calibration, seed, progress)
@@ -86,6 +90,9 @@ def compile(
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
+    if plan.low_rank:
+        _, data = look_at(teacher, policy, calibration, seed, Progress(progress))
+        student = run_pipeline(student, [LowerRank(whitened_factors(teacher, plan.low_rank, data()))])
     student = run_pipeline(
         student, [DistillEndToEnd(teacher, whole, calibration, seed, progress, report, checkpoints)]
     )
@@ -105,18 +112,27 @@ def plan_sites(
     Raises:
         RecipeError: the model has no weights to measure, or a score is not defined for it.
     """
-    wanted = recipe.wanted_scores()
-    if not wanted or not teacher.matched:
+    wanted, scores = recipe.wanted_scores(), {}
+    if not (wanted or recipe.searches) or not teacher.matched:
         return recipe.plan(teacher.matched, {score.name: {} for score in wanted})
     raised = teacher if _is_raised(teacher) else run_pipeline(teacher, [RaiseAttention()])
-    bars, fit = Progress(progress), recipe.fit
+    bars = Progress(progress)
+    key, data = look_at(raised, recipe, calibration, seed, bars)
+    if wanted:
+        scores = site_scores(raised, data, key, wanted, bars)
+    return search_plan(raised, recipe, recipe.plan(raised.matched, scores), data, bars)
+
+
+def look_at(
+    teacher: Program, recipe: Recipe, calibration: Iterable[torch.Tensor] | None, seed: int, bars: Progress
+) -> tuple[str, Callable[[], list[torch.Tensor]]]:
+    """(a key of the data, the data) that is measured before anything is fitted: `SCORE_TOKENS` tokens."""
+    fit = recipe.fit
     if calibration is None:
         key = f"own samples: {SCORE_TOKENS} tokens, rows of {fit.length}, {fit.batch} at a time, seed {seed}"
-        scores = site_scores(raised, lambda: _samples(raised, recipe, seed, bars), key, wanted, bars)
-    else:
-        given = split_rows(checked_batches(calibration, raised.vocab_size, SCORE_TOKENS), fit.batch)
-        scores = site_scores(raised, lambda: given, tokens_key(given), wanted, bars)
-    return recipe.plan(raised.matched, scores)
+        return key, cache(lambda: _samples(teacher, recipe, seed, bars))
+    given = split_rows(checked_batches(calibration, teacher.vocab_size, SCORE_TOKENS), fit.batch)
+    return tokens_key(given), lambda: given
 
 
 def _samples(teacher: Program, recipe: Recipe, seed: int, progress: Progress) -> list[torch.Tensor]:

@@ -30,14 +30,24 @@ class PlanEntry(BaseModel):
         return f"{self.mixer}{{{options}}}" if options else self.mixer
 
 
+class LowRankEntry(BaseModel):
+    """A weight that becomes a product of two, by its name in the source, and the rank that is left."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: str
+    rank: int = Field(ge=1)
+
+
 class Plan(BaseModel):
-    """A mixer for every matched site of one model."""
+    """A mixer for every matched site of one model; `low_rank`: weights that become products of two thin ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = 1
     recipe: str = ""
     entries: tuple[PlanEntry, ...] = ()
+    low_rank: tuple[LowRankEntry, ...] = ()
 
     def entry(self, site: int) -> PlanEntry:
         """The entry of a site.
@@ -88,6 +98,7 @@ class Plan(BaseModel):
 
     def __str__(self) -> str:
         rows = [f"{entry.site:4d}  {entry.module:40s}  {entry.label():32s}  {entry.reason}" for entry in self.entries]
+        rows += [f"      {entry.weight:40s}  rank {entry.rank}" for entry in self.low_rank]
         return "\n".join([f"plan of recipe {self.recipe or '(none)'}", *rows])
 
 

@@ -124,11 +124,43 @@ class Fit(BaseModel):
     passes: int = Field(default=1, ge=0)
 
 
+class HeadWindows(BaseModel):
+    """Windows of `moa` by kv head, `mean` keys on average at `context`, chosen by measured error
+    (`calibration.head_windows`); `sinks` first tokens come on top."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: float = Field(default=192, gt=0)
+    context: int = Field(default=4096, ge=1)
+    sinks: int = Field(default=4, ge=0)
+
+
+class KVSharing(BaseModel):
+    """A `share` of the kept sites (rounded) reads another's cache, as long as the final hidden states' mean cosine
+    with the source's stays above `threshold` (`calibration.kv_sharing`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(default=0.25, gt=0, le=1)
+    threshold: float = Field(default=0.5, ge=-1, le=1)
+
+
+class LowRank(BaseModel):
+    """Weights become products of two, with at most the share `keep` of their numbers (`calibration.low_rank`): `all`
+    but the output projection, those of the `attention`, or of its keys and values alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: float = Field(default=0.8, gt=0, lt=1)
+    of: Literal["all", "attention", "key_value"] = "all"
+
+
 class Recipe(BaseModel):
     """A named policy; `Recipe.load(name)` reads a built-in one or a TOML file.
 
     `keep_worst`: this share of the sites, those with the largest error after fitting, stays softmax with its cache.
     `distill`: training of the whole model afterwards; none by default.
+    The tables `head_windows`, `kv_sharing` and `low_rank` are searches on data that complete what the rules say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -140,6 +172,15 @@ class Recipe(BaseModel):
     fit: Fit = Fit()
     distill: Distill = Distill()
     keep_worst: float = Field(default=0.0, ge=0, le=1)
+    head_windows: HeadWindows | None = None
+    kv_sharing: KVSharing | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def searches(self) -> dict[str, BaseModel]:
+        """The tables that are there, by name."""
+        found = {"head_windows": self.head_windows, "kv_sharing": self.kv_sharing, "low_rank": self.low_rank}
+        return {name: table for name, table in found.items() if table is not None}
 
     @staticmethod
     def load(name: str | Path) -> Recipe:
@@ -156,12 +197,14 @@ class Recipe(BaseModel):
         return recipe.with_options(**_options(match["options"])) if match["options"] else recipe
 
     def with_options(self, **options: Any) -> Recipe:
-        """The same recipe with options of its mixers replaced; every option must belong to at least one of them.
+        """The same recipe with options of its mixers and searches replaced; every option must belong to at least one.
 
         Raises:
-            RecipeError: no mixer of the recipe takes an option of that name.
+            RecipeError: no mixer of the recipe takes an option of that name, or a search does not take its value.
         """
         taken = {rule.mixer: _parameters(rule.mixer) for rule in self.rules}
+        tables = {name: set(type(table).model_fields) for name, table in self.searches.items()}
+        taken |= tables
         for key in options:
             if not any(key in names for names in taken.values()):
                 known = sorted(set().union(*taken.values()))
@@ -170,7 +213,14 @@ class Recipe(BaseModel):
             rule.model_copy(update={"options": {**rule.options, **_only(options, taken[rule.mixer])}})
             for rule in self.rules
         )
-        return self.model_copy(update={"rules": rules})
+        try:
+            changed = {
+                name: type(table).model_validate({**table.model_dump(), **_only(options, tables[name])})
+                for name, table in self.searches.items()
+            }
+        except ValidationError as error:
+            raise RecipeError(f"recipe {self.name}: {first_problem(error)}") from error
+        return self.model_copy(update={"rules": rules, **changed})
 
     def wanted_scores(self) -> list[Score]:
         """What has to be measured on the model before `plan`, each once."""

@@ -38,10 +38,16 @@ class TeacherStream:
         self._cut = self._wanted = 0
 
     def site_values(self, site: Site, needs: tuple[str, ...], batch: int) -> tuple[list[Tensor], Tensor]:
-        """([query, key, value, *needs], the teacher's output [B,H,T,dv]) of a site on one batch."""
-        names = [site.nodes.query, site.nodes.key, site.nodes.value, *(getattr(site.nodes, need) for need in needs)]
+        """([query, key, value, *needs], the teacher's output [B,H,T,dv]) of a site on one batch; a need "key@3" is the
+        key of site 3, for which all before it runs again."""
+        names = [self._name(site, need) for need in ("query", "key", "value", *needs)]
         *inputs, output = self.values([*names, site.nodes.core], batch)
         return inputs, output
+
+    def _name(self, site: Site, need: str) -> str:
+        own, _, index = need.partition("@")
+        holder = next(other for other in self.program.matched if str(other.index) == index) if index else site
+        return str(getattr(holder.nodes, own))
 
     def walk(self, sites: tuple[Site, ...]) -> Iterator[Site]:
         """Each site in order; when a value of it is asked for, every batch moves on to the cut before it."""

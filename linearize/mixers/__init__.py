@@ -16,8 +16,10 @@ from linearize.mixers.lolcats import Lolcats
 from linearize.mixers.mamba2 import Mamba2
 from linearize.mixers.mixture import Mixture
 from linearize.mixers.mla import MLA
+from linearize.mixers.moa import Moa
 from linearize.mixers.moments import Moments
 from linearize.mixers.q_filters import QFilters
+from linearize.mixers.share import Share
 from linearize.mixers.slots import Slots
 from linearize.mixers.window import Window
 
@@ -36,8 +38,10 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "Mixture",
+    "Moa",
     "Moments",
     "QFilters",
+    "Share",
     "Slots",
     "Window",
     "build_mixer",

@@ -55,6 +55,8 @@ class Mixture(Mixer):
     def refusal_with(cls, site: Site, options: dict[str, Any]) -> str | None:
         parts = options.get("parts") or []
         check_parts(parts, site.attention.kv_heads)
+        if any(mixer_class(part["mixer"]).name == "share" for part in parts):
+            return "mixture has no part that shares another site's cache: share is for a whole site"
         refused = (mixer_class(part["mixer"]).refusal_with(site, part.get("options", {})) for part in parts)
         return next((reason for reason in refused if reason is not None), None)
 

@@ -5,6 +5,16 @@ from __future__ import annotations
 from linearize.passes.rewrite.carry_history import CarryHistory, read_carried
 from linearize.passes.rewrite.insert_mixers import InsertMixers
 from linearize.passes.rewrite.keep_worst import keep_worst
+from linearize.passes.rewrite.lower_rank import LowerRank
 from linearize.passes.rewrite.raise_attention import RaiseAttention
+from linearize.passes.rewrite.share_keys import ShareKeys
 
-__all__ = ["CarryHistory", "InsertMixers", "RaiseAttention", "keep_worst", "read_carried"]
+__all__ = [
+    "CarryHistory",
+    "InsertMixers",
+    "LowerRank",
+    "RaiseAttention",
+    "ShareKeys",
+    "keep_worst",
+    "read_carried",
+]

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from linearize.errors import RecipeError
-from linearize.mixers import Mixer, build_mixer, mixer_class
+from linearize.mixers import Mixer, Share, build_mixer, mixer_class
+from linearize.mixers.share import sharing_problem
 from linearize.passes.rewrite.positions import offset_positions
 from linearize.pipeline import Keeps, Stage
 from linearize.plan import Plan
@@ -23,6 +24,7 @@ from linearize.rewriting.editor import Editor, release, remove_dead
 from linearize.spec import Site
 
 aten = torch.ops.aten
+CACHES = {"key": "cache_k", "value": "cache_v"}  # of the mixer `keep`
 SEEN = StateTensor("seen", (), torch.int64)
 OFFSET = StateTensor("offset", (), torch.int64, batched=False)
 
@@ -51,7 +53,7 @@ class InsertMixers:
         nodes = {node.name: node for node in module.graph.nodes}
         for site in program.matched:
             entry = self.plan.entry(site.index)
-            refusal = mixer_class(entry.mixer).refusal_with(site, entry.options)
+            refusal = self._refusal(program, site)
             if refusal is not None:
                 raise RecipeError(f"site {site.index} ({site.module}): {refusal}; plan keep there")
             mixer = build_mixer(entry.mixer, site.attention, entry.options).to(program.device)
@@ -66,6 +68,20 @@ class InsertMixers:
         return program.replace(
             module=finished, state_names=names, stateless_reason=_stateless(program), max_positions=limit
         )
+
+
+    def _refusal(self, program: Program, site: Site) -> str | None:
+        entry = self.plan.entry(site.index)
+        mixer = mixer_class(entry.mixer)
+        try:
+            refusal = mixer.refusal_with(site, entry.options)
+        except (TypeError, ValueError) as error:
+            return f"{entry.mixer}: {error}"
+        if refusal is not None or not issubclass(mixer, Share):
+            return refusal
+        source = next((other for other in program.matched if other.index == entry.options["of"]), None)
+        planned = self.plan.entry(source.index).mixer if source is not None else ""
+        return sharing_problem(site, source, planned)
 
 
 class _Clock:
@@ -102,7 +118,7 @@ def _insert(editor: Editor, site: Site, mixer: Mixer, nodes: dict[str, fx.Node],
         clock.last_input = editor.add_input(named.name, clock.last_input, named)
         states.append(clock.last_input)
     old = nodes[site.nodes.core]
-    needed = [nodes[getattr(site.nodes, need)] for need in mixer.needs]
+    needed = [_needed(site, need, nodes) for need in mixer.needs]
     query, key, value = (nodes[name] for name in (site.nodes.query, site.nodes.key, site.nodes.value))
     with editor.at(old):
         call = editor.call_module(
@@ -111,7 +127,15 @@ def _insert(editor: Editor, site: Site, mixer: Mixer, nodes: dict[str, fx.Node],
         output = editor.call(operator.getitem, call, 0, origin=old)
         new = [editor.call(operator.getitem, call, 1 + i) for i in range(len(states))]
     editor.replace(old, output)
+    for tensor, node in zip(mixer.state(), new, strict=True):
+        nodes[f"{tensor.name}@{site.index}"] = node
     return new
+
+
+def _needed(site: Site, need: str, nodes: dict[str, fx.Node]) -> fx.Node:
+    """The node of what a mixer needs: of its own site, or ("key@3") the cache of another after this call."""
+    own, _, other = need.partition("@")
+    return nodes[f"{CACHES[own]}@{other}"] if other else nodes[getattr(site.nodes, need)]
 
 
 def _return(editor: Editor, new_state: list[fx.Node]) -> None:
