@@ -135,13 +135,19 @@ def current_states(program: Program) -> dict[str, StateTensor]:
     }
 
 
+def windows_beside(mixer: Mixer) -> list[DelayLine]:
+    """The windows that have a far field beside them."""
+    return [line for line in mixer.modules() if isinstance(line, DelayLine)] if mixer.fits else []
+
+
+def has_window(mixer: Mixer) -> bool:
+    return bool(windows_beside(mixer))
+
+
 @contextmanager
 def cut_windows(program: Program) -> Iterator[None]:
     """Every window beside a far field holds one token, so that the far field answers for all before it."""
-    lines = [
-        line for mixer in mixers_in(program).values() if mixer.fits
-        for line in mixer.modules() if isinstance(line, DelayLine)
-    ]  # fmt: skip
+    lines = [line for mixer in mixers_in(program).values() for line in windows_beside(mixer)]
     before = [line.window for line in lines]
     for line in lines:
         line.window = 1

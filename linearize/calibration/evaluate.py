@@ -97,7 +97,13 @@ def recall(model: Logits, batches: Iterable[RecallBatch], edges: Sequence[int]) 
     Returns:
         One entry for every range in which something could be recalled.
     """
-    scored = [recall_hits(model, batch) for batch in batches]
+    return recall_table([recall_hits(model, batch) for batch in batches], edges)
+
+
+def recall_table(scored: Sequence[tuple[Tensor, Tensor]], edges: Sequence[int]) -> list[Recall]:
+    """The same of what `recall_hits` gave."""
+    if not scored:
+        return []
     hits, distances = torch.cat([hit for hit, _ in scored]), torch.cat([distance for _, distance in scored])
     table = []
     for low, end in pairwise(edges):

@@ -156,6 +156,41 @@ def key_value_pairs(
     return RecallBatch(ids, distance > 0, distance)
 
 
+def passkey(
+    batch: int,
+    seq_len: int,
+    *,
+    token_range: tuple[int, int],
+    distance: tuple[int, int],
+    marker: int = 3,
+    digits: int = 5,
+    bos_token_id: int = 0,
+    filler: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> RecallBatch:
+    """One key hidden in filler: `marker` symbols and `digits` symbols behind them, and the same again at the row's end.
+
+    The digits are to be recalled from `distance` tokens back (inclusive bounds, cut to the row). Symbols avoid the
+    filler's ids as far as the range allows. filler: int64 [batch, >= seq_len - 1]; random symbols when None.
+    """
+    size, body = marker + digits, seq_len - 1
+    if body < 2 * size:
+        raise ValueError(f"a key of {size} tokens does not fit twice into {seq_len} tokens")
+    width = torch.full((batch, 1), token_range[1] - token_range[0])
+    everything = torch.arange(*token_range).expand(batch, -1)
+    between = _draw(everything, width, body, generator) if filler is None else filler[:, :body].clone()
+    key = _shuffled_tokens(batch, token_range, between, generator)[:, :size]
+    back = _uniform_int(*distance, batch, generator).clamp(min=size, max=body - size)
+    last = body - size
+    columns = torch.arange(size)
+    between.scatter_(1, last - back + columns, key)
+    between[:, last:] = key
+    known = torch.zeros(batch, seq_len, dtype=torch.int64)
+    known[:, last + marker : last + size] = back
+    ids = torch.cat([torch.full((batch, 1), bos_token_id), between], dim=1)
+    return RecallBatch(ids, known > 0, known)
+
+
 def recall_hits(
     logits_fn: Callable[[Tensor], Tensor], batch: RecallBatch, rows_per_call: int = 8
 ) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def tables(rows: Sequence[Measured]) -> list[Figure]:
 def plots(rows: Sequence[Measured]) -> str:
     """Two plots in one SVG: tokens per second, and peak memory, by context."""
     from linearize.printing import bytes_text
-    from linearize.svg import HEIGHT, WIDTH, Line, line_plot
+    from linearize.svg import Line, beside, line_plot
 
     def series(which: str) -> list[Line]:
         return [
@@ -113,11 +113,7 @@ def plots(rows: Sequence[Measured]) -> str:
 
     speed = line_plot(series("tokens_per_second"), "tokens per second", "tokens of context", lambda value: f"{value:g}")
     memory = line_plot(series("peak"), "peak memory of a step", "tokens of context", bytes_text, base=2)
-    placed = [drawn.replace("<svg ", f'<svg x="{WIDTH * place}" width="{WIDTH}" height="{HEIGHT}" ', 1)
-              for place, drawn in enumerate((speed, memory))]  # fmt: skip
-    style = 'style="color:#111;background:#fff"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT}" {style}>'
-    return "\n".join([head, *placed, "</svg>"])
+    return beside([speed, memory])
 
 
 def to_json(rows: Sequence[Measured]) -> str:

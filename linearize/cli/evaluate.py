@@ -40,9 +40,15 @@ def evaluate(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of text a shard, and of recall a kind.")] = 16,
     length: Annotated[int, typer.Option(min=16, help="Tokens a row.")] = 512,
+    far: Annotated[
+        int, typer.Option(min=0, help="Recall in rows of so many tokens too, far beyond --length. 0 for none.")
+    ] = 2048,
     sites: Annotated[bool, typer.Option(help="Measure every site too.")] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Also draw recall by distance and perplexity by position.")
     ] = None,
     mixers: Mixers = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -62,7 +68,7 @@ def evaluate(
     compiled = linearize.load(directory)
     source = load_source(against)
     check_pair(compiled, source, directory, against)
-    suite = made_suite(compiled, source, directory, against, sources, rows, length)
+    suite = made_suite(compiled, source, directory, against, sources, rows, (length, far))
     figures: dict[str, Any] = {"source": against, "compiled": directory.name, "length": length}
     figures["models"] = evaluate_pair(source, compiled, suite, Progress(not quiet))
     figures["models"]["compiled"]["state_bytes"] = compiled.state_bytes()
@@ -75,6 +81,10 @@ def evaluate(
         from linearize.files import write_atomically
 
         write_atomically(json_file, (json.dumps(figures, indent=1) + "\n").encode())
+    if plots is not None:
+        from linearize.files import write_atomically
+
+        write_atomically(plots, drawn(figures["models"]).encode())
     show(figures)
 
 
@@ -92,7 +102,7 @@ def check_pair(compiled: LinearizedModel, source: nn.Module, directory: Path, na
 
 def made_suite(
     compiled: LinearizedModel, source: nn.Module, directory: Path, name: str,
-    sources: list[Source], rows: int, length: int,
+    sources: list[Source], rows: int, lengths: tuple[int, int],
 ) -> Suite:  # fmt: skip
     """Text by shard, cut to what the source can read, and recall beyond the widest window.
 
@@ -102,20 +112,21 @@ def made_suite(
     from linearize.calibration.evaluation import Suite, recall_suite
     from linearize.capture import hf
 
-    length = min(length, context_limit(source) or length)
+    limit = context_limit(source)
+    length, far = (min(size, limit or size) for size in lengths)
     location = locate(name)
     tokenizer = hf.load_tokenizer(directory) or (hf.load_tokenizer(location) if location is not None else None)
     if tokenizer is None:
         raise DataError(f"neither {directory} nor {name} has a tokenizer to read text with")
     shards = read_shards(sources, tokenizer, rows, length)
     if compiled.vocab_size is None:
-        return Suite(shards, [], [])
+        return Suite(shards, {}, [])
     windows = [entry.options.get("window", 0) for entry in compiled.plan.entries]
     window = min(max([*windows, 8]), (length - 4) // 4)
-    batches, edges = recall_suite(
-        compiled.vocab_size, window, length, max(1, rows // 2), SEED, tokenizer.bos_token_id or 0
+    kinds, edges = recall_suite(
+        compiled.vocab_size, window, length, max(1, rows // 2), SEED, tokenizer.bos_token_id or 0, far
     )
-    return Suite(shards, batches, edges)
+    return Suite(shards, kinds, edges)
 
 
 def read_shards(sources: list[Source], tokenizer: Any, rows: int, length: int) -> dict[str, list[Tensor]]:
@@ -151,6 +162,9 @@ def show(figures: dict[str, Any]) -> None:
 
     models, console = figures["models"], out()
     console.print(models_figure(models).drawn())
+    if models["source"]["recall_by_kind"]:
+        console.print("")
+        console.print(kinds_figure(models).drawn())
     console.print("")
     console.print(text_figure(models).drawn())
     if figures["sites"]:
@@ -176,6 +190,35 @@ def models_figure(models: dict[str, Any]) -> Any:
     return Figure("the whole model, recall by how far back the answer stands", headers, rows, words=("model",))
 
 
+def kinds_figure(models: dict[str, Any]) -> Any:
+    """Recall of each kind by distance, the source's and ours."""
+    from linearize.printing import Figure
+
+    ranges = [(row["low"], row["high"]) for row in models["source"]["recall_by_distance"]]
+    rows = []
+    for kind in models["source"]["recall_by_kind"]:
+        for name, row in models.items():
+            found = {(one["low"], one["high"]): f"{one['accuracy']:.1%}" for one in row["recall_by_kind"][kind]}
+            rows.append((kind, name, *(found.get(bounds, "-") for bounds in ranges)))
+    headers = ("recall", "model", *(f"{low}-{high}" for low, high in ranges))
+    return Figure("recall by kind: copied segments, key-value pairs, a key in filler", headers, rows, words=headers[:2])
+
+
+def drawn(models: dict[str, Any]) -> str:
+    """Two plots in one SVG: recall by distance, and perplexity by position."""
+    from linearize.svg import Line, beside, line_plot
+
+    def series(part: str, value: str, scale: float) -> list[Line]:
+        return [
+            Line(name, [(float(one["high"]), scale * one[value]) for one in row[part]])
+            for name, row in models.items() if row[part]
+        ]  # fmt: skip
+
+    recalled, text = series("recall_by_distance", "accuracy", 100.0), series("by_position", "perplexity", 1.0)
+    made = [line_plot(recalled, "recall, %", "tokens back", log_y=False)] if recalled else []
+    return beside([*made, line_plot(text, "perplexity", "position in the text")])
+
+
 def text_figure(models: dict[str, Any]) -> Any:
     """Perplexity by position over all text, then of each shard where there are several."""
     from linearize.printing import Figure
@@ -195,8 +238,9 @@ def sites_figure(sites: list[dict[str, Any]]) -> Any:
     from linearize.printing import Figure, figure
 
     rows = [
-        (str(site["site"]), site["module"], site["mixer"], figure(site["error"]), figure(site["error_of_window"]))
+        (str(site["site"]), site["module"], site["mixer"],
+         *(figure(site[key]) for key in ("error", "error_of_window", "error_without_window")))
         for site in sites
-    ]
-    headers = ("site", "module", "mixer", "error", "window alone")
+    ]  # fmt: skip
+    headers = ("site", "module", "mixer", "error", "window alone", "far alone")
     return Figure("relative MSE of each attention's output", headers, rows, words=("module", "mixer"))

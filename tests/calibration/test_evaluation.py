@@ -39,7 +39,7 @@ def test_shards_and_positions_add_up_to_the_whole() -> None:
     source, compiled = table_model(0), table_model(1)
     shards = {"one": [rows(5, 200)], "two": [rows(2, 40), rows(1, 70)]}
     every = [batch for batches in shards.values() for batch in batches]
-    found = evaluate_pair(source, compiled, Suite(shards, [], []), Progress(False))
+    found = evaluate_pair(source, compiled, Suite(shards, {}, []), Progress(False))
     close = agreement(logits_of(source), logits_of(compiled), every)
     assert found["compiled"]["perplexity"] == pytest.approx(perplexity(logits_of(compiled), every), rel=1e-9)
     assert found["compiled"]["kl"] == pytest.approx(close.kl, rel=1e-9)
@@ -67,7 +67,7 @@ def test_text_without_a_token_to_predict_is_an_error() -> None:
 
 
 def test_a_model_that_looks_back_recalls_and_one_that_does_not_does_not() -> None:
-    batches, edges = recall_suite(VOCAB, window=8, length=128, rows=4, seed=0)
+    kinds, edges = recall_suite(VOCAB, window=8, length=128, rows=4, seed=0)
     assert edges == [9, 18, 36, 64]
 
     class Copies(nn.Module):
@@ -85,10 +85,15 @@ def test_a_model_that_looks_back_recalls_and_one_that_does_not_does_not() -> Non
                         seen[pair] = int(ids[row, t + 1])
             return logits
 
-    suite = Suite({"text": [rows(1, 16)]}, batches[:-1], edges)
+    assert set(kinds) == {"copy", "mqar", "passkey"}
+    suite = Suite({"text": [rows(1, 16)]}, {kind: kinds[kind] for kind in ("copy", "passkey")}, edges)
     found = evaluate_pair(Copies(), table_model(0), suite, Progress(False))
     assert found["source"]["recall"] > 0.9
     assert found["compiled"]["recall"] < 0.1
+    for kind in ("copy", "passkey"):
+        table = found["source"]["recall_by_kind"][kind]
+        assert min(row["accuracy"] for row in table) > 0.85
+        assert sum(row["count"] for row in table) > 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,35 @@ def test_sites_are_measured_with_and_without_their_far_field() -> None:
     found = evaluate_sites(teacher, slots.source, slots.plan, data)
     assert [row["site"] for row in found] == [0, 1]
     assert all(row["error"] < row["error_of_window"] for row in found)
+    assert [row["error_without_window"] for row in found] == [None, None]  # its blocks are no window beside a far field
     assert warnings_of(found) == []
+
+
+def test_recall_goes_far_beyond_the_length_when_asked() -> None:
+    near, edges = recall_suite(VOCAB, window=8, length=64, rows=4, seed=0)
+    kinds, further = recall_suite(VOCAB, window=8, length=64, rows=4, seed=0, far=512)
+    assert edges == [9, 18, 32]
+    assert further == [9, 18, 32, 64, 128, 256, 511]
+    for kind, batches in kinds.items():
+        assert {batch.input_ids.shape[1] for batch in batches} == {64, 512}
+        farthest = max(int(batch.distance.max()) for batch in batches)
+        assert farthest > 4 * max(int(batch.distance.max()) for batch in near[kind])
+    assert max(int(batch.distance.max()) for batch in kinds["passkey"]) > 256
+
+
+def test_a_window_that_does_nothing_is_said() -> None:
+    """With its near branch at zero the mixer is its far field, window or not."""
+    teacher = run_pipeline(zoo.captured("llama"), [RaiseAttention()])
+    lizard = linearize.compile(zoo.captured("llama"), "lizard{window=4}", tokens=0, progress=False)
+    mixers = linearize.calibration.evaluate.mixers_of(lizard.source)
+    with torch.no_grad():
+        for mixer in mixers.values():
+            mixer.alpha.fill_(0.0)
+            mixer.beta.fill_(1.0)
+    found = evaluate_sites(teacher, lizard.source, lizard.plan, [rows(2, 40)])
+    assert all(row["error_without_window"] == pytest.approx(row["error"]) for row in found)
+    assert sum("without its window the far field alone is as close" in line for line in warnings_of(found)) == 2
+    assert {mixer.line.window for mixer in mixers.values()} == {4}
 
 
 def test_a_far_field_that_does_nothing_is_said() -> None:
