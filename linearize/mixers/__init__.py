@@ -21,6 +21,7 @@ from linearize.mixers.moments import Moments
 from linearize.mixers.q_filters import QFilters
 from linearize.mixers.share import Share
 from linearize.mixers.slots import Slots
+from linearize.mixers.streaming import Streaming
 from linearize.mixers.window import Window
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "QFilters",
     "Share",
     "Slots",
+    "Streaming",
     "Window",
     "build_mixer",
     "mixer_class",

@@ -4,7 +4,7 @@ y_i = sum_{j in W(i) u S} e^{s_ij} v_j / sum_{j in W(i) u S} e^{s_ij},   s_ij = 
 
 W(i) the last `window` tokens, itself included; S the row's first `sinks` tokens. No parameters: it equals the
 teacher's attention with the mask causal(i, j) and (i - j < window or j < sinks), and the teacher itself while
-T <= window + sinks.
+T <= window + sinks. Sinks stay at their distance in the text; with the paper's positions it is the mixer `streaming`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from linearize.spec import AttentionSpec, MaskSpec, RopeSpec
 MIXERS: tuple[tuple[str, dict], ...] = (
     ("window", {}),
     ("window", {"sinks": 2}),
+    ("streaming", {"sinks": 2}),
     ("lolcats", {}),
     ("lolcats", {"sinks": 2, "features": 3, "maps": True}),
     ("moments", {}),
