@@ -99,7 +99,8 @@ def measure(layers: int, width: int, tokens: int, spill: str, limited: bool) -> 
         limit = int(size * 0.9) if limited else 0
         command = [sys.executable, __file__, "--child", json.dumps([str(folder), tokens, spill, limit])]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return {"layers": layers, "width": width, "weights": size, "limit": limit, **json.loads(output.splitlines()[-1])}
+        found = json.loads(output.splitlines()[-1])
+        return {"layers": layers, "width": width, "weights": size, "limit": limit, **found}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -125,7 +126,7 @@ def main() -> None:
         folder, tokens, spill, limit = json.loads(given.child)
         print(json.dumps(fit(Path(folder) / "source", Path(folder) / "out", tokens, spill, limit)))
         return
-    print("| layers | width | weights, MiB | largest block | peak of capture | predicted | peak | limit | s | expected |")
+    print("| layers | width | weights, MiB | block | peak of capture | predicted | peak | limit | s | expected |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     runs = [(layers, False) for layers in given.layers] + ([] if given.no_limit else [(given.layers[-1], True)])
     rows = []

@@ -7,6 +7,7 @@ The result is what `compile` and `save_pretrained` write, to the last digits of 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from linearize.calibration.checkpoints import Checkpoints, forget
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.forecast import check_fits, forecast
 from linearize.calibration.limits import free_memory
+from linearize.calibration.parallel import rank, wait
 from linearize.capture.on_disk import capture_directory, stored_tensors
 from linearize.errors import DataError, RewriteError
 from linearize.files import check_new_directory
@@ -35,6 +37,7 @@ from linearize.runtime.model import LinearizedModel
 from linearize.runtime.saving_from_disk import save_from_disk
 from linearize.tensorfile import bytes_of, read_tensor
 from linearize.verify import pieces_difference
+from linearize.weights import give_memory_back
 
 WHOLE, BESIDE = 2.2, 512 << 20  # memory of `compile`: the weights twice, as saving copies them; and everything else
 PIECES = 1e-3
@@ -99,6 +102,10 @@ def compile_directory(
     share = policy.keep_worst if plan is None else 0.0
     plan = plan or plan_sites(teacher, policy, given or None, seed, progress)
     plan.check([site.index for site in captured.matched])
+    files = captured.source_files
+    del captured
+    gc.collect()
+    give_memory_back()
     found = forecast(teacher, plan, policy.fit, batches, Blocks(teacher), memory, spill)
     (say or _print)(str(found))
     check_fits(found, memory, target.absolute().parent)
@@ -113,11 +120,12 @@ def compile_directory(
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
-    model = finish(student, plan, report, captured.source_files)
-    staging = (kept.folder or folder) / "result"
-    save_from_disk(model, target, _mixer_tensors(teacher, plan, kept), staging)
-    if work is None:
-        forget(folder)
+    model = finish(student, plan, report, files)
+    if not rank():
+        save_from_disk(model, target, _mixer_tensors(teacher, plan, kept), (kept.folder or folder) / "result")
+        if work is None:
+            forget(folder)
+    wait()
     return model
 
 

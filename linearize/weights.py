@@ -6,7 +6,9 @@ the graph reads it, so that what is in memory is the held block and the one tens
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -84,3 +86,11 @@ class Weights:
             digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def give_memory_back() -> None:
+    """What was freed goes back to the system: the C library keeps it, in pieces that the next block does not fit."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

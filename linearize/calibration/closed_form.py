@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.calibration.parallel import summed
 from linearize.calibration.teacher import TeacherStream
 from linearize.mixers import Mixer
 from linearize.mixers.branches import linear_terms
@@ -42,6 +43,9 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.power + other.power, self.terms)
+
+    def zeros(self) -> Moments:
+        return Moments(self.gram * 0, self.cross * 0, self.power * 0, self.terms)
 
     def errors(self, maps: Tensor) -> Tensor:
         """Summed squared error [H] of W [H,K,dv]."""
@@ -88,8 +92,8 @@ def _moments(mixer: Mixer, stream: TeacherStream, site: Site) -> tuple[list[Mome
     """(to fit on, to choose on), one for every part."""
     fitted: list[Moments] = []
     chosen_on: list[Moments] = []
-    count = len(stream.batches)
-    for batch in range(count):
+    count = stream.total
+    for batch in range(len(stream.batches)):
         inputs, target = stream.site_values(site, mixer.needs, batch)
         pairs = [_of_part(*part) for part in mixer.parts_on(inputs, target)]
         if count == 1:
@@ -98,11 +102,18 @@ def _moments(mixer: Mixer, stream: TeacherStream, site: Site) -> tuple[list[Mome
             chosen_on = [Moments.of(x[:, cut:], y[:, cut:], terms) for x, y, terms in pairs]
             break
         new = [Moments.of(*pair) for pair in pairs]
-        if batch % EVERY == EVERY - 1 or (batch == count - 1 and not chosen_on):
+        place = stream.place(batch)
+        if place % EVERY == EVERY - 1 or (place == count - 1 and count < EVERY):
             chosen_on = _plus(chosen_on, new)
         else:
             fitted = _plus(fitted, new)
-    return fitted, chosen_on
+    return _of_all(fitted or [one.zeros() for one in chosen_on]), _of_all(chosen_on or [one.zeros() for one in fitted])
+
+
+def _of_all(sums: list[Moments]) -> list[Moments]:
+    """Summed over all processes."""
+    found = [summed([one.gram, one.cross, one.power]) for one in sums]
+    return [Moments(gram, cross, power, one.terms) for (gram, cross, power), one in zip(found, sums, strict=True)]
 
 
 def _plus(sums: list[Moments], new: list[Moments]) -> list[Moments]:

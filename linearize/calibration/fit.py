@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from linearize.calibration.closed_form import fit_linear
+from linearize.calibration.parallel import average_gradients, from_first, summed_numbers
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import DataError
 from linearize.mixers import Mixer
@@ -27,7 +28,7 @@ def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
     Raises:
         DataError: the teacher's own output is not finite, or does not vary, so no error is defined.
     """
-    squares, total, total_squares, count = 0.0, 0.0, 0.0, 0
+    squares = total = total_squares = count = 0.0
     with torch.no_grad():
         for batch in range(len(stream.batches)):
             inputs, output = stream.site_values(site, mixer.needs, batch)
@@ -35,6 +36,7 @@ def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
             squares += (mixer.run(inputs).double() - y).square().sum().item()
             total, total_squares = total + y.sum().item(), total_squares + y.square().sum().item()
             count += y.numel()
+    squares, total, total_squares, count = summed_numbers(squares, total, total_squares, count)
     variance = total_squares / count - (total / count) ** 2
     if not math.isfinite(variance):
         raise DataError(f"site {site.index} ({site.module}): the teacher's own output is not finite on this data")
@@ -92,6 +94,7 @@ class Best:
 def _prepare(mixer: Mixer, train: TeacherStream, site: Site) -> None:
     with torch.no_grad():
         mixer.prepare(*train.site_values(site, mixer.needs, 0))
+    from_first(mixer)
 
 
 def _regress(mixer: Mixer, train: TeacherStream, site: Site, best: Best) -> None:
@@ -104,7 +107,7 @@ def _regress(mixer: Mixer, train: TeacherStream, site: Site, best: Best) -> None
 
 def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, best: Best, progress: Progress) -> None:
     optimiser = torch.optim.Adam(parameter_groups(mixer, fit.learning_rate))
-    steps = fit.passes * len(train.batches)
+    steps = fit.passes * -(-train.total // train.step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, steps))
     patience = Patience(max(LOOK_EVERY, steps // LOOKS))
     for step in progress.track(range(steps), f"site {site.index} {mixer.name}"):
@@ -115,6 +118,7 @@ def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, best: Bes
             raise DataError(f"site {site.index} ({site.module}): the loss is not finite on batch {step}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(mixer)
         torch.nn.utils.clip_grad_norm_(mixer.parameters(), 1.0)
         optimiser.step()
         schedule.step()

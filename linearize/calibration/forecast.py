@@ -25,7 +25,6 @@ from linearize.calibration.blocks import Blocks, all_parameters, parameter_bytes
 from linearize.calibration.fit import fit_mixer
 from linearize.calibration.limits import free_disk, free_memory, peak_memory, reset_peak, used_memory
 from linearize.calibration.spill import SHARD
-from linearize.calibration.teacher import give_memory_back
 from linearize.errors import DataError
 from linearize.mixers import Mixer, build_mixer
 from linearize.plan import Plan, PlanEntry
@@ -35,6 +34,7 @@ from linearize.progress import Progress
 from linearize.recipe import Fit
 from linearize.report import SiteReport
 from linearize.spec import Site
+from linearize.weights import give_memory_back
 
 MARGIN, SLACK = 1.1, 48 << 20  # of what is estimated; and for what is not: the allocator's gaps, the printing
 SAMPLE = 512
@@ -151,6 +151,10 @@ class _RandomStream:
 
     def __init__(self, teacher: Program, site: Site, batches: list[Tensor]) -> None:
         self.program, self.site, self.batches = teacher, site, batches
+        self.total, self.step = len(batches), 1
+
+    def place(self, batch: int) -> int:
+        return batch
 
     def site_values(self, site: Site, needs: tuple[str, ...], batch: int) -> tuple[list[Tensor], Tensor]:
         names = [site.nodes.query, site.nodes.key, site.nodes.value, *(getattr(site.nodes, need) for need in needs)]

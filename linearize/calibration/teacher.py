@@ -7,19 +7,19 @@ is run twice for a later one.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from linearize.calibration.blocks import Blocks, is_finite
+from linearize.calibration.parallel import rank, world
 from linearize.calibration.spill import Spill
 from linearize.errors import DataError
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 from linearize.rewriting.walk import evaluate
 from linearize.spec import Site
+from linearize.weights import give_memory_back
 
 
 class TeacherStream:
@@ -33,9 +33,19 @@ class TeacherStream:
     ) -> None:
         self.program, self.batches = program, batches
         self.blocks = blocks or Blocks(program)
+        self.first, self.step, self.total = 0, 1, len(batches)
         self._nodes = program.nodes_by_name()
         self._spill = spill or Spill()
         self._cut = self._wanted = 0
+
+    def part_of(self, total: int) -> TeacherStream:
+        """Say that the batches are this process's of `total` (`parallel.share`)."""
+        self.first, self.step, self.total = rank(), world(), total
+        return self
+
+    def place(self, batch: int) -> int:
+        """The number of a batch among those of all processes."""
+        return self.first + batch * self.step
 
     def site_values(self, site: Site, needs: tuple[str, ...], batch: int) -> tuple[list[Tensor], Tensor]:
         """([query, key, value, *needs], the teacher's output [B,H,T,dv]) of a site on one batch; a need "key@3" is the
@@ -119,11 +129,3 @@ class TeacherStream:
         crossing = self._spill.read(self._cut, batch)
         kept = dict(zip(self.blocks.crossing[self._cut], (tensor.to(ids.device) for tensor in crossing), strict=True))
         return {**inputs, **kept}
-
-
-def give_memory_back() -> None:
-    """What was freed goes back to the system: the C library keeps it, in pieces that the next block does not fit."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

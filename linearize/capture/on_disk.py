@@ -5,10 +5,12 @@ The source's own code is run too, to compare: each module gets its weights befor
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from linearize.errors import ArtifactError, CaptureError
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 from linearize.rewriting.walk import evaluate
 from linearize.tensorfile import Stored, read_header
-from linearize.weights import Weights
+from linearize.weights import Weights, give_memory_back
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKED = (1, 19)
+TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "original_aten", "seq_nr")
 
 
 def capture_directory(directory: str | Path, device: torch.device | str = "cpu") -> Program:
@@ -52,7 +55,19 @@ def capture_directory(directory: str | Path, device: torch.device | str = "cpu")
         )
     _check_values(program)
     program = _checked(program, model).recorded("read_weights", started)
-    return run_pipeline(program, CAPTURE_PASSES)
+    del model
+    return _without_traces(run_pipeline(program, CAPTURE_PASSES))
+
+
+def _without_traces(program: Program) -> Program:
+    """Let go of what grows with the number of layers and only explains: stack traces, and the texts of the passes."""
+    for node in program.graph.nodes:
+        for key in TRACES:
+            node.meta.pop(key, None)
+    program = program.replace(history=tuple(replace(record, text="") for record in program.history))
+    gc.collect()
+    give_memory_back()
+    return program
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:

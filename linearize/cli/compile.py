@@ -78,6 +78,7 @@ def compile_model(
     layers are kept in DIR.fitting: after an interruption the same command goes on from them.
     """
     from linearize.calibration.limits import parse_bytes
+    from linearize.calibration.parallel import joined, rank
     from linearize.errors import RecipeError
     from linearize.files import check_new_directory
 
@@ -95,7 +96,7 @@ def compile_model(
     chosen = Plan.load(plan) if plan is not None else None
     directory = streamed_directory(model, streaming, most)
     if directory is not None and distill:
-        raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one of them out")
+        raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one out")
     source = load_source(model) if directory is None else None
     limit = context_limit(source) if source is not None else context_limit_of(str(directory))
     calibration = read_calibration(sources, model, limit, policy.fit, tokens) if sources else None
@@ -103,7 +104,8 @@ def compile_model(
     if not quiet:
         how = f"{model} block by block" if source is None else type(source).__name__
         say(f"compiling {how} with recipe {recipe}")
-    with kept_beside(output, quiet) as folder:
+    with joined(), kept_beside(output, quiet or rank() > 0) as folder:
+        quiet = quiet or rank() > 0
         if source is None:
             from linearize.on_disk import compile_directory
 
@@ -118,7 +120,8 @@ def compile_model(
             source, policy, calibration=calibration, plan=chosen, tokens=tokens, distill=distill, seed=seed,
             progress=not quiet, checkpoints=folder,
         )  # fmt: skip
-        compiled.save_pretrained(output)
+        if not rank():
+            compiled.save_pretrained(output)
     if not quiet:
         print_report(compiled, output, time.perf_counter() - started)
 
@@ -149,6 +152,7 @@ def streamed_directory(model: str, streaming: bool | None, memory: int | None) -
 def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
     """The folder for finished layers: removed when all went well, named to the user when it did not."""
     from linearize.calibration.checkpoints import forget
+    from linearize.calibration.parallel import rank
 
     folder = output.absolute().with_name(f"{output.absolute().name}.fitting")
     if folder.is_dir() and not quiet:
@@ -159,7 +163,8 @@ def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
         if folder.is_dir():
             say(f"finished layers are kept in {folder}; the same command goes on from them")
         raise
-    forget(folder)
+    if not rank():
+        forget(folder)
 
 
 def print_report(compiled: LinearizedModel, output: Path, seconds: float) -> None:

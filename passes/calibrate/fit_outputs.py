@@ -16,6 +16,7 @@ from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.data import checked_batches, held_out_split, split_rows
 from linearize.calibration.fit import fit_mixer
 from linearize.calibration.keys import hash_of, model_key, tokens_key
+from linearize.calibration.parallel import from_first, rank, share, told_by_first, wait, world
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.spill import Spill
 from linearize.calibration.teacher import TeacherStream
@@ -25,7 +26,7 @@ from linearize.pipeline import Keeps, Stage
 from linearize.program import MIXERS, Program
 from linearize.progress import Progress
 from linearize.recipe import Fit
-from linearize.report import Report
+from linearize.report import Report, SiteReport
 from linearize.rewriting.walk import attribute
 from linearize.spec import Site
 
@@ -100,6 +101,7 @@ class CalibrateOutputs:
         plan = [f"{index} {mixer.name} {sorted(mixer.options.items())}" for index, mixer in mixers.items()]
         data = tokens_key(given) if given is not None else f"own samples: {budget}"
         how = [self.fit.model_dump_json(), data, f"seed {self.seed}", f"torch {torch.__version__}"]
+        how += [f"{world()} processes"] if world() > 1 else []  # which change what a gradient step sees
         key = hash_of(model_key(self.teacher), *plan, *how)
         return Checkpoints(self.folder, key)
 
@@ -108,17 +110,23 @@ class CalibrateOutputs:
     ) -> None:
         sites, blocks = self.teacher.matched, Blocks(self.teacher)
         folder = kept.folder / "spill" if self.spill and kept.folder is not None else None
+        parts = {"train": share(train, "fit on"), "held": held[rank() :: world()]}
         streams = [
-            TeacherStream(self.teacher, batches, Spill(folder, name), blocks)
+            TeacherStream(self.teacher, parts[name], Spill(folder, f"{name}-{rank()}"), blocks).part_of(len(batches))
             for name, batches in (("train", train), ("held", held))
         ]
         rows = {row.site: row for row in self.report.sites}
         walks = zip(streams[0].walk(sites), streams[1].walk(sites), strict=True)
         for site, _ in progress.track(walks, "fitting sites", total=len(sites)):
             mixer, row = self._with_values(mixers[site.index], site), rows[site.index]
-            if not kept.restore(mixer, row):
-                fit_mixer(mixer, streams[0], streams[1], site, self.fit, row, progress)
+            if told_by_first(not rank() and kept.restore(mixer, row)):
+                _take_over(mixer, row)
+                continue
+            fit_mixer(mixer, streams[0], streams[1], site, self.fit, row, progress)
+            _take_over(mixer, row)
+            if not rank():
                 kept.keep(mixer, row)
+        wait()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -130,3 +138,10 @@ class CalibrateOutputs:
 
 def _mixers(program: Program) -> dict[int, Mixer]:
     return {site.index: attribute(program.module, f"{MIXERS}.{site.index}") for site in program.matched}
+
+
+def _take_over(mixer: Mixer, row: SiteReport) -> None:
+    """What the first process has."""
+    from_first(mixer)
+    for field, value in told_by_first(row.model_dump()).items():
+        setattr(row, field, value)
