@@ -82,6 +82,7 @@ LAZY = {
 CONFINED = {
     "starlette": ["linearize.serving", "linearize.serving.*"],
     "uvicorn": ["linearize.cli.serve"],
+    "lm_eval": ["linearize.calibration.evaluate_tasks"],
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
     "fla": ["linearize.kernels.fla"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
@@ -94,7 +95,7 @@ CONFINED = {
 # Folders of ours that only the install names: on sys.path by accident, never by intent.
 BARE_NAMES = {"passes", "kernels", "export"}
 
-NOT_BROUGHT_BY_IMPORT = {"triton", "fla", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers"}
+NOT_BROUGHT_BY_IMPORT = {"lm_eval", "triton", "fla", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers"}
 
 # ---- the checker -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SITE_ROWS = 8
 SEED = 1
+TASK_BATCH = 4
 
 
 def evaluate(
@@ -47,6 +48,14 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Also a task of lm-evaluation-harness (linearize[eval]); may be repeated."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="YAML files of tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task; all without.")] = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Also draw recall by distance and perplexity by position.")
     ] = None,
@@ -77,6 +86,8 @@ def evaluate(
         text = next(iter(suite.shards.values()))
         figures["sites"] = evaluate_sites(teacher_of(source), compiled.source, compiled.plan, first_rows(text))
     figures["warnings"] = warnings_of(figures["sites"])
+    if task:
+        figures["tasks"] = run_tasks(compiled, source, (directory, against), task, task_folder, limit)
     if json_file is not None:
         from linearize.files import write_atomically
 
@@ -154,6 +165,19 @@ def first_rows(text: list[Tensor]) -> list[Tensor]:
     return list(torch.cat(text)[:SITE_ROWS].split(4))
 
 
+def run_tasks(
+    compiled: LinearizedModel, source: nn.Module, places: tuple[Path, str], tasks: list[str], folder: Path | None,
+    limit: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    from linearize.calibration.evaluate_tasks import task_scores
+    from linearize.capture import hf
+
+    location = locate(places[1])
+    tokenizer = hf.load_tokenizer(places[0]) or (hf.load_tokenizer(location) if location is not None else None)
+    models: dict[str, nn.Module] = {"source": source, "compiled": compiled.to_transformers()}
+    return task_scores(models, tokenizer, tasks, folder, limit, TASK_BATCH)
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +194,9 @@ def show(figures: dict[str, Any]) -> None:
     if figures["sites"]:
         console.print("")
         console.print(sites_figure(figures["sites"]).drawn())
+    if "tasks" in figures:
+        console.print("")
+        console.print(tasks_figure(figures["tasks"]).drawn())
     console.print(printing.notes(figures["warnings"]))
 
 
@@ -244,3 +271,13 @@ def sites_figure(sites: list[dict[str, Any]]) -> Any:
     ]  # fmt: skip
     headers = ("site", "module", "mixer", "error", "window alone", "far alone")
     return Figure("relative MSE of each attention's output", headers, rows, words=("module", "mixer"))
+
+
+def tasks_figure(tasks: dict[str, Any]) -> Any:
+    from linearize.printing import Figure
+
+    rows = [
+        (task, metric, f"{value:.4f}", f"{tasks['compiled'][task][metric]:.4f}")
+        for task, found in tasks["source"].items() for metric, value in found.items()
+    ]  # fmt: skip
+    return Figure("tasks of lm-evaluation-harness", ("task", "metric", "source", "compiled"), rows, ("task", "metric"))
