@@ -24,7 +24,7 @@ from linearize.calibration.forecast import check_fits, forecast
 from linearize.calibration.limits import free_memory
 from linearize.calibration.parallel import rank, wait
 from linearize.capture.on_disk import capture_directory, stored_tensors
-from linearize.errors import DataError, RewriteError
+from linearize.errors import DataError, RecipeError, RewriteError
 from linearize.files import check_new_directory
 from linearize.mixers import build_mixer
 from linearize.passes.calibrate import CalibrateOutputs
@@ -90,6 +90,12 @@ def compile_directory(
         raise DataError(
             "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
             "(--data FILE, or calibration=...)" + ("" if scored else ", or fit nothing (--tokens 0)")
+        )
+    searched = sorted(policy.searches) if plan is None else ["low_rank"] * bool(plan.low_rank)
+    if searched:
+        raise RecipeError(
+            f"{searched[0]} looks at the whole model in memory, which a model that stays on disk is not: compile it "
+            "without streaming, or leave that out of the recipe or plan"
         )
     captured = capture_directory(source)
     check_dynamic(captured)

@@ -265,7 +265,11 @@ def recipe_details(recipe: Recipe) -> RenderableType:
         else "nothing to fit"
     )
     head = Text.assemble((recipe.name, "bold"), f"  {recipe.source}" if recipe.source else "")
-    return Group(head, Text(recipe.description), EMPTY, rules, EMPTY, Text(fitting))
+    searches = [
+        Text(f"{name}: " + ", ".join(f"{key}={value}" for key, value in found.model_dump().items()))
+        for name, found in recipe.searches.items()
+    ]
+    return Group(head, Text(recipe.description), EMPTY, rules, EMPTY, *searches, Text(fitting))
 
 
 def layers_text(kind: str, n: int, first: int, indices: Sequence[int]) -> str:

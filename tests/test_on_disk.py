@@ -22,7 +22,7 @@ from linearize.calibration import spill, teacher
 from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.forecast import Forecast
 from linearize.capture.on_disk import capture_directory, lent
-from linearize.errors import ArtifactError, CaptureError, DataError, RewriteError
+from linearize.errors import ArtifactError, CaptureError, DataError, RecipeError, RewriteError
 from linearize.program import Program
 from linearize.runtime import saving_from_disk
 from linearize.runtime.model import LinearizedModel
@@ -186,6 +186,12 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
 def test_a_model_on_disk_is_not_sampled(tmp_path: Path, source: Path) -> None:
     with pytest.raises(DataError, match="give text to fit on"):
         compiled(source, tmp_path / "out", calibration=None)
+
+
+@pytest.mark.parametrize("recipe", ["kvsharer", "svd-llm"])
+def test_what_looks_at_the_whole_model_is_left_to_compile(tmp_path: Path, source: Path, recipe: str) -> None:
+    with pytest.raises(RecipeError, match="compile it without streaming"):
+        on_disk.compile_directory(source, tmp_path / "out", recipe)
 
 
 # ---- cut off ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Attention removed (LLM-Drop, He et al. 2024): the block's residual stream passes by.
 
 y = 0. No state, no parameters; queries, keys and values are no longer computed. Any attention can be dropped. Of the
-block nothing is left but the bias of its output projection, where it has one (GPT-2, OPT): the paper's models have none,
-and drop norm and projection with the attention. Chosen where attention changes its block's input least:
+block nothing is left but the bias of its output projection, where it has one (GPT-2, OPT; not in its paper):
+the paper drops norm and projection with the attention. Chosen where attention changes its block's input least:
 S_l = mean over tokens of cos(x, x + Attn(norm x)), see `calibration/scores.py`.
 """
 

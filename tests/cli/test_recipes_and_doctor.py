@@ -20,6 +20,7 @@ def test_recipes_lists_every_recipe(run: Run) -> None:
 
 
 def test_a_recipe_is_shown_in_full(run: Run) -> None:
+    assert "kv_sharing: share=0.5, threshold=0.5" in run("recipes", "kvsharer{share=0.5}").stdout
     text = run("recipes", "lolcats{window=32}").stdout
     assert "window=32" in text
     assert "fitted on" in text
