@@ -83,6 +83,7 @@ CONFINED = {
     "starlette": ["linearize.serving", "linearize.serving.*"],
     "uvicorn": ["linearize.cli.serve"],
     "lm_eval": ["linearize.calibration.evaluate_tasks"],
+    "datasets": ["linearize.calibration.saved_datasets"],
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
     "fla": ["linearize.kernels.fla"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],

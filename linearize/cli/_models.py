@@ -117,8 +117,10 @@ def make_module(name: str) -> nn.Module:
     return model.eval()
 
 
-def read_calibration(sources: list[Source], name: str, limit: int | None, fit: Fit, tokens: int | None) -> TextRows:
-    """Text as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL, T within its `limit`.
+def read_calibration(
+    sources: list[Source], name: str, config: dict[str, Any], fit: Fit, tokens: int | None
+) -> TextRows:
+    """Text as batches int64 [B, T] for `linearize.compile`, read with the tokenizer of MODEL; `config` is the model's.
 
     Raises:
         DataError: the model has no tokenizer, or a source is unusable.
@@ -133,27 +135,32 @@ def read_calibration(sources: list[Source], name: str, limit: int | None, fit: F
             f"{name} has no tokenizer to read {sources[0].path} with; call linearize.compile with token ids instead"
         )
     wanted = max(fit.tokens if tokens is None else tokens, SCORED)
-    return read_mixture(sources, tokenizer, min(fit.length, limit or fit.length), wanted, fit.batch)
+    limit, vocabulary = limit_of(config), config.get("vocab_size")
+    length = min(fit.length, limit or fit.length)
+    known = vocabulary if isinstance(vocabulary, int) else None
+    return read_mixture(sources, tokenizer, length, wanted, fit.batch, limit, known)
 
 
 def context_limit(model: nn.Module) -> int | None:
     """Longest context that the model's config states, or None."""
-    return _limit(getattr(getattr(model, "config", None), "__dict__", {}))
+    return limit_of(config_of(model))
 
 
-def context_limit_of(directory: str | Path) -> int | None:
-    """The same of a directory, whose model is not loaded.
+def config_of(model: nn.Module | str) -> dict[str, Any]:
+    """The config of a model, or of a directory whose model is not loaded; {} for one without.
 
     Raises:
-        ArtifactError: it has no config.json that can be read.
+        ArtifactError: the directory has no config.json that can be read.
     """
-    path = Path(directory, "config.json")
+    if not isinstance(model, str):
+        return getattr(getattr(model, "config", None), "__dict__", {})
     try:
-        return _limit(json.loads(path.read_text(encoding="utf-8")))
+        found: dict[str, Any] = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{directory} has no config.json that can be read: not a transformers model") from error
+        raise ArtifactError(f"{model} has no config.json that can be read: not a transformers model") from error
+    return found
 
 
-def _limit(config: dict[str, Any]) -> int | None:
+def limit_of(config: dict[str, Any]) -> int | None:
     found = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return next((value for value in found if isinstance(value, int) and value > 1), None)

@@ -14,8 +14,7 @@ from linearize.cli._mixers import Mixers
 from linearize.cli._models import (
     COMPILED,
     MODEL_HELP,
-    context_limit,
-    context_limit_of,
+    config_of,
     load_source,
     locate,
     read_calibration,
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from linearize.runtime.model import LinearizedModel
 
 DATA_HELP = (
-    "Text to fit on: a text file, JSON lines, or a folder of both; may be repeated, [b]corpus.txt=3[/b] has weight 3. "
+    "Text to fit on: a text file, JSON lines, a folder of both, a saved dataset, [b]hf:org/name[/b], or rows made on "
+    "the fly ([b]recall[/b], [b]long[/b]); may be repeated, [b]corpus.txt=3[/b] has weight 3. "
     "Without any the model's own samples are used."
 )
 
@@ -98,12 +98,14 @@ def compile_model(
     if directory is not None and distill:
         raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one out")
     source = load_source(model) if directory is None else None
-    limit = context_limit(source) if source is not None else context_limit_of(str(directory))
-    calibration = read_calibration(sources, model, limit, policy.fit, tokens) if sources else None
+    config = config_of(source if source is not None else str(directory))
+    calibration = read_calibration(sources, model, config, policy.fit, tokens) if sources else None
     started = time.perf_counter()
     if not quiet:
         how = f"{model} block by block" if source is None else type(source).__name__
         say(f"compiling {how} with recipe {recipe}")
+        for line in calibration.report() if calibration is not None else ():
+            say(f"data: {line}")
     with joined(), kept_beside(output, quiet or rank() > 0) as folder:
         quiet = quiet or rank() > 0
         if source is None:
