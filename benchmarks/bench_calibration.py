@@ -47,7 +47,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FIGURES, PAGE = DOCS / "calibration_figures.json", DOCS / "calibration-figures.md"
 PLOT = DOCS / "calibration-recall.svg"
 WINDOW, TOKENS, LENGTH, TEXT_ROWS, EPOCHS = 32, 32_768, 512, 16, 4
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+SMALL = f"window={WINDOW},features=32,sinks=0"  # the size of the reference
 CONTEXT, SEGMENT, RECALL_ROWS = 2048, 32, 4
 EDGES = (33, 65, 129, 257, 513, 1025, 2001)
 PAPER = "lolcats_paper"
@@ -136,11 +137,11 @@ class Bench:
             "window of the same bytes": ("window{window=66}", plain),
             f"window of {WINDOW}": (f"window{{window={WINDOW}}}", plain),
             "slots, nothing fitted": ("slots{window=16,slots=32,decay=0.97}", plain),
-            "lolcats, closed form": (f"lolcats{{window={WINDOW}}}", plain),
-            "lolcats with maps, closed form": (f"lolcats{{window={WINDOW},maps=true}}", plain),
-            "lolcats, closed form, then 1 pass": (f"lolcats{{window={WINDOW}}}", {"passes": 1, "learning_rate": 0.03}),
+            "lolcats, closed form": (f"lolcats{{{SMALL}}}", plain),
+            "lolcats with maps, closed form": (f"lolcats{{{SMALL},maps=true}}", plain),
+            "lolcats, closed form, then 1 pass": (f"lolcats{{{SMALL}}}", {"passes": 1, "learning_rate": 0.03}),
             f"lolcats, closed form, then {EPOCHS} passes": (
-                f"lolcats{{window={WINDOW}}}", {"passes": EPOCHS, "learning_rate": 0.03}),
+                f"lolcats{{{SMALL}}}", {"passes": EPOCHS, "learning_rate": 0.03}),
             "lizard with maps, closed form": (f"lizard{{window={WINDOW},maps=true}}", plain),
             "gla with maps, closed form": (f"gla{{window={WINDOW},maps=true}}", plain),
         }  # fmt: skip
@@ -163,7 +164,7 @@ class Bench:
             "hybrid": ("hybrid{window=32}", fitted),
             **{f"slots {n}": (f"slots{{window=16,slots={n},decay=0.97}}", {"passes": 0}) for n in (32, 96, 224, 480)},
             **{f"window {n}": (f"window{{window={n}}}", {"passes": 0}) for n in (66, 130, 258, 514)},
-            **{f"hedgehog {n}": (f"lolcats{{window=32,features={n}}}", fitted) for n in (32, 94, 218, 466)},
+            **{f"hedgehog {n}": (f"lolcats{{window=32,features={n},sinks=0}}", fitted) for n in (32, 94, 218, 466)},
         }
         if "source" not in known:
             known["source"] = {"by_distance": self.by_distance(self.model)}

@@ -29,9 +29,10 @@ from linearize.program import StateTensor
 from linearize.spec import AttentionSpec
 
 MUTED = 12.0
-OMEGA_GRID = (-4.0, -2.0, 0.0, 2.0, 3.0, 4.0, 5.0, 7.0, MUTED)
+OMEGA_RANGE = (-4.0, MUTED, 33)
+NEAR_ALONE, FAR_ALONE, MIDDLE = 40.0, -40.0, 3.0
 SHARPNESS_GRID = (1.0, 4.0)
-ASSIGNMENT_GRID = (1.0, 2.0, 4.0)
+ASSIGNMENT_GRID = ((1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (8.0, 1.0), (4.0, 2.0), (8.0, 2.0))  # of keys, of queries
 
 
 @register_mixer
@@ -77,12 +78,12 @@ class Lolcats(Mixer):
     def prepare(self, inputs: list[Tensor], target: Tensor) -> None:
         """Choose by output MSE, without gradients: the maps of each kv head among the identity at several sharpnesses
         and clusters of its keys, and omega_h on a grid for each query head."""
-        grid = torch.tensor(OMEGA_GRID, device=target.device)
+        grid = torch.linspace(*OMEGA_RANGE, dtype=torch.float32, device=target.device)
         candidates, errors, omegas = list(self._candidate_maps(inputs)), [], []
         for query_map, key_map in candidates:
             self.query_map.copy_(query_map)
             self.key_map.copy_(key_map)
-            by_omega = torch.stack([self._head_errors(omega, inputs, target) for omega in OMEGA_GRID])
+            by_omega = self._head_errors(grid, inputs, target)
             errors.append(by_omega.amin(0))
             omegas.append(grid[by_omega.argmin(0)])
         best_kv = torch.stack(errors).unflatten(1, (self.spec.kv_heads, -1)).sum(-1).argmin(0)
@@ -99,13 +100,28 @@ class Lolcats(Mixer):
         keys = inputs[1].float().transpose(0, 1).flatten(1, 2)
         centroids = torch.stack([cluster(head, self.features) for head in keys]).transpose(1, 2)
         by_query = (self.spec.scale * centroids).repeat_interleave(self.spec.groups, dim=0)
-        for assignment in ASSIGNMENT_GRID:
-            yield by_query, assignment * self.spec.scale * centroids
+        for assignment, sharpness in ASSIGNMENT_GRID:
+            yield sharpness * by_query, assignment * self.spec.scale * centroids
 
-    def _head_errors(self, omega: float, inputs: list[Tensor], target: Tensor) -> Tensor:
-        """Summed squared error of each head [H] with one omega for all."""
+    def _head_errors(self, omegas: Tensor, inputs: list[Tensor], target: Tensor) -> Tensor:
+        """Summed squared error [number of omegas, H] for each of `omegas` in all heads.
+
+        y = far + w (near - far) with w = c r / (c r + 1), c = e^omega and r what the window weighs against the far
+        field: three runs tell near, far and r of every query, and the error is a parabola in w.
+        """
+        near, far, middle = (self._run_at(omega, inputs) for omega in (NEAR_ALONE, FAR_ALONE, MIDDLE))
+        step, missing = near - far, far - target.float()
+        power = step.square().sum(-1)
+        share = ((middle - far) * step).sum(-1) / power.clamp_min(1e-20)
+        share = share.clamp(1e-6, 1 - 1e-6)
+        logit = torch.log(share) - torch.log1p(-share) - MIDDLE
+        slope, rest = (missing * step).sum(-1), missing.square().sum(-1)
+        weights = (torch.sigmoid(logit + omega) for omega in omegas)
+        return torch.stack([(rest + w * (2 * slope + w * power)).sum((0, 2)) for w in weights])
+
+    def _run_at(self, omega: float, inputs: list[Tensor]) -> Tensor:
         self.omega.fill_(omega)
-        return (self.run(inputs) - target).float().square().sum(dim=(0, 2, 3))
+        return self.run(inputs).float()
 
 
 def start_map(heads: int, dim: int, features: int) -> Tensor:
