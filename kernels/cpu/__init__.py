@@ -2,7 +2,7 @@
 
 from linearize.kernels.cpu.attention import BLOCKS, SDPA
 from linearize.kernels.cpu.delta import DELTA_STEP, DELTA_STREAM
-from linearize.kernels.cpu.evict import EVICT_STREAM
+from linearize.kernels.cpu.evict import EVICT_STEP, EVICT_STREAM
 from linearize.kernels.cpu.gla import GLA_STEP, GLA_STREAM
 from linearize.kernels.cpu.gla_vec import GLA_VEC_STEP, GLA_VEC_STREAM
 from linearize.kernels.cpu.hybrid import HYBRID_STEP, HYBRID_STREAM
@@ -18,6 +18,7 @@ __all__ = [
     "DELTA_STEP",
     "DELTA_STEP_C",
     "DELTA_STREAM",
+    "EVICT_STEP",
     "EVICT_STREAM",
     "GLA_STEP",
     "GLA_STEP_C",

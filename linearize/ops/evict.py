@@ -184,10 +184,10 @@ def by_blocks(
     o = o[number, torch.arange(q.shape[0], device=q.device)[:, None], offset].to(q.dtype)
     end = new.before + new.total
     after = (new.ring_at(end, ring, x) for ring, x in zip(rings, (new.k, new.v), strict=True))
-    return o, *after, carried[0], carried[1], carried[2] if mass is not None else _no_mass(kept_k)  # type: ignore[return-value]
+    return o, *after, carried[0], carried[1], carried[2] if mass is not None else no_mass(kept_k)  # type: ignore[return-value]
 
 
-def _no_mass(kept_k: Tensor) -> Tensor:
+def no_mass(kept_k: Tensor) -> Tensor:
     return kept_k.new_zeros(kept_k.shape[0], kept_k.shape[1], 0, dtype=accumulation_dtype(kept_k.dtype))
 
 
@@ -212,7 +212,7 @@ def _block(
         carried = (*carried[:2], _weighed(carried[2], weights, fresh, inside))
     done = whole & (block >= 1)
     if not rule.looks or bool(done.any()):
-        carried = _evict((k, v), carried, filters, block, held, done, rule)
+        carried = evict((k, v), carried, filters, block, held, done, rule)
     if len(carried) == 3:
         carried = (*carried[:2], torch.where(whole[:, None, None], carried[2] * rule.memory, carried[2]))
     return o, carried
@@ -254,7 +254,7 @@ def _read(
     return o.permute(0, 3, 1, 2, 4).reshape(batch, width, heads, values.shape[3]), weights.detach()
 
 
-def _evict(
+def evict(
     ring: Tensors, carried: Tensors, filters: Tensors, block: Tensor, held: Tensor, done: Tensor, rule: Rule
 ) -> Tensors:
     """Where `done` [B], the block before `block` joins those kept, and the C best of them stay."""
