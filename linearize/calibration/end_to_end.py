@@ -6,6 +6,7 @@
 The student runs on its own inputs, unlike in the fit by site. Held-out KL is measured before, on the way and after, and
 the weights with the lowest stay: if training did not help, those from before. Which windows are cut and which rows come
 next depends on the seed and the step alone, so a run that goes on from a checkpoint ends as one that was not cut off.
+Several processes (`parallel`) share the rows of each step and average their gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from linearize.calibration.chunked_kl import chunked_kl
 from linearize.calibration.end_to_end_pair import Pair, cut_windows, training_only
 from linearize.calibration.end_to_end_state import Progressed, TrainingState
+from linearize.calibration.parallel import average_gradients, rank, summed_numbers, told_by_first, world
 from linearize.distill import Distill
 from linearize.errors import DataError
 from linearize.progress import Progress
@@ -94,6 +96,8 @@ class EndToEnd:
         modules = self.pair.student.program.module, self.pair.teacher.program.module
         with training_only(parameters, *modules):
             found = self.state.restore(parameters, optimiser)
+            if told_by_first(found) != found:
+                raise DataError("the processes do not see the same checkpoints; give them one folder")
             if found is None:
                 start = self.held_out(held)
                 found = Progressed(0, start, start)
@@ -129,7 +133,7 @@ class EndToEnd:
     ) -> None:
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * _factor(step, len(plan))
-        ids = rows_of(data, step, plan).to(self.pair.student.program.device)
+        ids = own_rows(rows_of(data, step, plan)).to(self.pair.student.program.device)
         if self._cuts(step):
             with cut_windows(self.pair.student.program):
                 loss = self.loss(ids, plan[step].loss)
@@ -139,6 +143,7 @@ class EndToEnd:
             raise DataError(f"distilling: the {plan[step].loss} loss is not finite at step {step}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(nn.ParameterList([p for group in self.groups for p in group.parameters]))
         torch.nn.utils.clip_grad_norm_([p for group in self.groups for p in group.parameters], 1.0)
         optimiser.step()
         progress.note(f"{plan[step].loss} {loss.item():.4f} at {plan[step].length}")
@@ -173,12 +178,18 @@ class EndToEnd:
     @torch.no_grad()
     def held_out(self, held: list[Tensor]) -> float:
         """Mean KL in nats a token."""
-        total, count = 0.0, 0
-        for batch in held:
+        total, count = 0.0, 0.0
+        for batch in held[rank() :: world()]:
             ids = batch.to(self.pair.student.program.device)
             total += self.loss(ids, "kl").double().item() * ids.numel()
             count += ids.numel()
+        total, count = summed_numbers(total, count)
         return total / count
+
+
+def own_rows(ids: Tensor) -> Tensor:
+    """This process's rows of a step; all of them where they cannot be shared out evenly."""
+    return ids[rank() :: world()] if len(ids) % world() == 0 else ids
 
 
 def _factor(step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.calibration.checkpoints import Checkpoints
+from linearize.calibration.parallel import rank
 
 NAME = "end-to-end"
 KINDS = ("now", "best", "first", "second")
@@ -44,6 +45,8 @@ class TrainingState:
         Raises:
             ArtifactError: it cannot be written; the one before stays.
         """
+        if rank():
+            return  # all processes have the same
         tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(parameters):
             moments = optimiser.state.get(parameter, {})

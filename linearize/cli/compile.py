@@ -99,7 +99,9 @@ def compile_model(
         raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one out")
     source = load_source(model) if directory is None else None
     config = config_of(source if source is not None else str(directory))
-    calibration = read_calibration(sources, model, config, policy.fit, tokens) if sources else None
+    whole = policy.distill.tokens if distill is None else distill
+    wanted = max(policy.fit.tokens if tokens is None else tokens, whole * 8 // 7)  # an eighth is held out
+    calibration = read_calibration(sources, model, config, policy.fit, wanted) if sources else None
     started = time.perf_counter()
     if not quiet:
         how = f"{model} block by block" if source is None else type(source).__name__

@@ -119,6 +119,8 @@ def projections_of(program: Program) -> tuple[str, ...]:
 
 
 def as_rows(batches: list[Tensor]) -> Tensor:
-    """int64 [N, T], cut to the shortest batch's length."""
-    length = min(batch.shape[1] for batch in batches)
-    return torch.cat([batch[:, :length] for batch in batches])
+    """int64 [N, T]: the rows that are long enough, cut to the length at which the most tokens are left."""
+    lengths = {batch.shape[1] for batch in batches}
+    left = {length: length * sum(len(batch) for batch in batches if batch.shape[1] >= length) for length in lengths}
+    best = max(left, key=lambda length: (left[length], length))
+    return torch.cat([batch[:, :best] for batch in batches if batch.shape[1] >= best])

@@ -20,12 +20,14 @@ from linearize.calibration.end_to_end_pair import Pair, cut_windows, head_of, mi
 from linearize.calibration.evaluate import agreement, logits_of
 from linearize.distill import FULL_FROM, Distill
 from linearize.errors import RewriteError
+from linearize.passes.calibrate.distill_end_to_end import as_rows
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
 from linearize.program import Program
 from linearize.recipe import Recipe
 from linearize.runtime.model import LinearizedModel
 from tests import zoo
+from tests.calibration.test_parallel import in_two_processes
 
 HOW = {"lengths": (12, 24), "batch": 4, "rank": 2, "learning_rate": 0.01}
 
@@ -176,11 +178,31 @@ def test_every_token_of_the_data_is_read_before_one_is_read_again() -> None:
     assert torch.equal(rows_of(data, 0, [Step("kl", 24, 7)])[5:], data[:2])
 
 
+def test_one_short_row_does_not_cut_the_others() -> None:
+    batches = [torch.zeros(4, 24, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64)]
+    assert as_rows(batches).shape == (4, 24)
+    assert as_rows([batches[1], torch.zeros(30, 6, dtype=torch.int64)]).shape == (30, 6)
+    assert as_rows([batches[0][:1], torch.zeros(30, 12, dtype=torch.int64)]).shape == (31, 12)
+
+
 def test_whole_projections_are_trained_from_fifty_million_tokens_on() -> None:
     assert not Distill(tokens=FULL_FROM - 1).full
     assert Distill(tokens=FULL_FROM).full
     assert not Distill(tokens=FULL_FROM, trainable="adapters").full
     assert Distill(tokens=1, trainable="full").full
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    def found() -> tuple[dict[str, Tensor], float]:
+        model = distilled(tokens=48 * 6, hidden_share=0.0)
+        assert model.report.end_to_end is not None
+        return weights(model), model.report.end_to_end.kl_end
+
+    expected, divergence = found()
+    for actual, of_two in in_two_processes(found, tmp_path):
+        assert of_two == pytest.approx(divergence, rel=1e-4)
+        for name, tensor in actual.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 # ---- teacher and student side by side --------------------------------------------------------------------------------

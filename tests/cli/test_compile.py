@@ -39,6 +39,20 @@ def test_it_fits_on_a_text_file_and_reports_errors(run: Run, llama_dir: Path, tm
     assert all(site.error_fitted is not None for site in report.sites)
 
 
+def test_it_distils_the_whole_model_when_asked(run: Run, llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    result = run(
+        "compile", llama_dir, "-o", tmp_path / "out", "--data", tmp_path / "text.txt", "--tokens", 0, "--distill", 1024,
+        "--recipe", "window{window=8}",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "whole model: KL " in result.stdout
+    found = linearize.load(tmp_path / "out").report.end_to_end
+    assert found is not None
+    assert found.tokens >= 1024
+    assert found.kl_end <= found.kl_start
+
+
 def test_quiet_prints_nothing(run: Run, plain_module: Path) -> None:
     result = run("compile", "plain_model_of_a_user:make", "-o", "out", "--tokens", 0, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
