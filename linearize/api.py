@@ -25,6 +25,7 @@ from linearize.passes.lower import LOWER_PASSES
 from linearize.passes.rewrite import CarryHistory, InsertMixers, LowerRank, RaiseAttention, keep_worst, read_carried
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan
+from linearize.plan_file import read_plan
 from linearize.program import Program
 from linearize.progress import Progress
 from linearize.recipe import Recipe
@@ -41,7 +42,7 @@ def compile(
     recipe: str | Path | Recipe = "auto",
     *,
     calibration: Iterable[torch.Tensor] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
     tokens: int | None = None,
     distill: int | None = None,
     seed: int = 0,
@@ -55,7 +56,8 @@ def compile(
             `torch.export` made of it. It is left as it was; the result shares its parameters.
         recipe: a name from `linearize.recipes()`, with options (`"lolcats{window=32}"`), a `.toml` path or a Recipe.
         calibration: batches of token ids int64 [B, T] to fit on; None draws the teacher's own samples.
-        plan: what each site becomes; None lets the recipe decide.
+        plan: what each site becomes, or a file of it (`linearize plan` writes one), and how it is fitted where it says
+            so; None lets the recipe decide.
         tokens: how many tokens to fit on; None takes the recipe's number, 0 leaves the mixers at their start.
         distill: how many tokens to train the whole model on afterwards, by KL to the source's logits; None takes the
             recipe's number (none in the built-in ones). The better weights stay, by KL on held-out data.
@@ -76,6 +78,10 @@ def compile(
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     share = policy.keep_worst if plan is None else 0.0
+    if isinstance(plan, str | Path):
+        file = read_plan(plan)
+        file.check(captured.matched)
+        plan = file.plan
     whole = policy.distill if distill is None else policy.distill.model_copy(update={"tokens": distill})
     looks = policy.wanted_scores() or policy.searches if plan is None else plan.low_rank
     again = whole.tokens > 0 or looks
@@ -86,7 +92,7 @@ def compile(
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     check_state_threading(student)
     report = start_report(student, plan, seed)
-    fit = CalibrateOutputs(teacher, policy.fit, calibration, tokens, seed, progress, report, checkpoints)
+    fit = CalibrateOutputs(teacher, plan.fit or policy.fit, calibration, tokens, seed, progress, report, checkpoints)
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)

@@ -84,6 +84,8 @@ def compile_directory(
     check_new_directory(target)
     folder = Path(work) if work is not None else target.absolute().with_name(f"{target.absolute().name}.fitting")
     policy = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if plan is not None and plan.fit is not None:
+        policy = policy.model_copy(update={"fit": plan.fit})
     budget = policy.fit.tokens if tokens is None else tokens
     scored = plan is None and bool(policy.wanted_scores())
     if calibration is None and (budget > 0 or scored):

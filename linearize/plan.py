@@ -1,11 +1,13 @@
-"""Plan: what every site becomes and why. Readable JSON, printable and editable before anything changes."""
+"""Plan: what every site becomes and why. Readable JSON, printable and editable before anything changes.
+
+`linearize.plan_file` reads one from a file and says which line is wrong.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,13 +41,48 @@ class LowRankEntry(BaseModel):
     rank: int = Field(ge=1)
 
 
-class Plan(BaseModel):
-    """A mixer for every matched site of one model; `low_rank`: weights that become products of two thin ones."""
+class Fit(BaseModel):
+    """Fitting by output MSE: tokens to fit on, sequence length, batch, Adam's rate and passes over the data (0: only
+    what is found without gradients)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = 1
+    tokens: int = Field(default=65_536, ge=0)
+    length: int = Field(default=512, ge=8)
+    batch: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0)
+    passes: int = Field(default=1, ge=0)
+
+
+class PlanFigures(BaseModel):
+    """What the planner said of a plan when it wrote it. Loss is KL(source || plan) in nats a token; bytes are of one
+    state at `context` and `batch`; seconds are of one decoded token on `target`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context: int = Field(ge=1)
+    batch: int = Field(default=1, ge=1)
+    budget: str = ""
+    target: str = ""
+    state_bytes: int = Field(ge=0)
+    source_bytes: int = Field(ge=0)
+    predicted_loss: float
+    measured_loss: float | None = None
+    predicted_seconds: float | None = None
+    source_seconds: float | None = None
+
+
+class Plan(BaseModel):
+    """A mixer for every matched site of one model. `fit`: how mixers that learn are fitted; None leaves it to the
+    recipe that the plan is compiled with. `low_rank`: weights that become products of two thin ones. Version 2 added
+    `fit` and `figures`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1, 2] = 2
     recipe: str = ""
+    figures: PlanFigures | None = None
+    fit: Fit | None = None
     entries: tuple[PlanEntry, ...] = ()
     low_rank: tuple[LowRankEntry, ...] = ()
 
@@ -76,25 +113,19 @@ class Plan(BaseModel):
             raise RecipeError(f"the plan names the sites {sorted(unknown)}, which the model does not have matched")
 
     def save(self, path: str | Path) -> Path:
-        return write_atomically(Path(path), self.model_dump_json(indent=1).encode())
+        return write_atomically(Path(path), (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan.
 
         Raises:
-            RecipeError: the file is not there, is no JSON, or has a wrong or unknown field (which is named).
+            RecipeError: the file is not there, is no JSON, or has a wrong or unknown field, mixer or option; the line
+                is named.
         """
-        try:
-            return Plan.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise RecipeError(f"cannot read the plan {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})") from error
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path} line {error.lineno}: not JSON: {error.msg}") from error
-        except ValidationError as error:
-            raise RecipeError(f"{path}: {first_problem(error)}") from error
+        from linearize.plan_file import read_plan
+
+        return read_plan(path).plan
 
     def __str__(self) -> str:
         rows = [f"{entry.site:4d}  {entry.module:40s}  {entry.label():32s}  {entry.reason}" for entry in self.entries]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from linearize.distill import Distill
 from linearize.errors import RecipeError
 from linearize.mixers import mixer_class, mixer_names
-from linearize.plan import Plan, PlanEntry, first_problem
+from linearize.plan import Fit, Plan, PlanEntry, first_problem
 from linearize.spec import Site
 
 NONE = "none"
@@ -109,19 +109,6 @@ class LayerRule(BaseModel):
         if self.layers == "every":
             return site >= self.first and (site - self.first) % self.n == 0
         return self.layers == "all" or site in self.indices
-
-
-class Fit(BaseModel):
-    """Fitting by output MSE: tokens to fit on, sequence length, batch, Adam's rate and passes over the data (0: only
-    what is found without gradients)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(default=65_536, ge=0)
-    length: int = Field(default=512, ge=8)
-    batch: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0)
-    passes: int = Field(default=1, ge=0)
 
 
 class HeadWindows(BaseModel):

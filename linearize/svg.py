@@ -153,3 +153,56 @@ def bar_plot(
                          f'fill-opacity=".7">{escape(name)}</text>')  # fmt: skip
     parts += _legend([Line(end, ()), *([Line(start, ())] if ghosts else [])], (COLOURS[1], COLOURS[1] + "40"))
     return "\n".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named place; both coordinates above 0."""
+
+    name: str
+    x: float
+    y: float
+
+
+def scatter_plot(
+    line: Sequence[Point], points: Sequence[Point], title: str, x_label: str, y_label: str, colour: str, other: str,
+) -> str:  # fmt: skip
+    """A line with its points, and other points with their names written beside them; both axes logarithmic, x in
+    percent."""
+    wide, high = WIDTH * 1.6, HEIGHT * 1.5
+    every = [*line, *points]
+    xs, ys = [point.x for point in every], [point.y for point in every]
+    across = _scale(min(xs) * 0.8, max(xs) * 1.3, LEFT, wide - RIGHT, True)
+    up = _scale(min(ys) * 0.7, max(ys) * 1.5, high - BOTTOM, TOP + 18, True)
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {wide:g} {high:g}" xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="11" style="color:#111;background:#fff" '
+        f'aria-label="{escape(title)}">',
+        f'<text x="{LEFT}" y="16" font-size="13" font-weight="600" fill="currentColor">{escape(title)}</text>',
+        f'<text x="{LEFT}" y="30" fill="currentColor" fill-opacity=".7">{escape(y_label)}</text>',
+    ]
+    for value in _ticks(min(ys), max(ys), 10):
+        y = up(value)
+        parts.append(f'<line x1="{LEFT}" x2="{wide - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
+                     f'stroke-opacity=".13"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" '
+                     f'fill="currentColor" fill-opacity=".7">{value:g}</text>')  # fmt: skip
+    for value in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        if min(xs) * 0.8 <= value <= max(xs) * 1.3:
+            parts.append(f'<text x="{across(value):.1f}" y="{high - BOTTOM + 16}" text-anchor="middle" '
+                         f'fill="currentColor" fill-opacity=".7">{value:.0%}</text>')  # fmt: skip
+    parts.append(f'<text x="{(LEFT + wide) / 2:.0f}" y="{high - 8}" text-anchor="middle" fill="currentColor" '
+                 f'fill-opacity=".7">{escape(x_label)}</text>')  # fmt: skip
+    path = " ".join(f"{across(point.x):.1f},{up(point.y):.1f}" for point in line)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    parts += [_dot(point, across, up, colour) for point in line]
+    for point in points:
+        parts += [_dot(point, across, up, other),
+                  f'<text x="{across(point.x) + 6:.1f}" y="{up(point.y) + 4:.1f}" font-size="10" '
+                  f'fill="currentColor">{escape(point.name)}</text>']  # fmt: skip
+    return "\n".join([*parts, "</svg>"])
+
+
+def _dot(point: Point, across: Callable[[float], float], up: Callable[[float], float], colour: str) -> str:
+    told = f"{point.name}: {point.x:.1%}, {point.y:.3g}"
+    return (f'<circle cx="{across(point.x):.1f}" cy="{up(point.y):.1f}" r="3.5" fill="{colour}">'
+            f"<title>{escape(told)}</title></circle>")  # fmt: skip

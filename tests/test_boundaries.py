@@ -27,7 +27,7 @@ VOCABULARY = {"spec", "errors", "files", "progress", "svg", "_callable", "_autol
 OPERATORS = VOCABULARY | {"ops"}
 GRAPHS = OPERATORS | {"rewriting", "program"}
 MIXERS = GRAPHS | {"mixers"}
-MACHINERY = MIXERS | {"pipeline", "verify", "plan", "report", "recipe", "printing", "distill"}
+MACHINERY = MIXERS | {"pipeline", "verify", "plan", "plan_file", "report", "recipe", "printing", "distill"}
 LOWERING = {"kernels", "passes.lower"}
 PASSES = MACHINERY | LOWERING | {"passes"}
 SERVICES = PASSES | {"capture", "calibration", "runtime", "export"}
@@ -50,6 +50,7 @@ ALLOWED = {
     "pipeline": MACHINERY,
     "verify": MACHINERY,
     "plan": MACHINERY,
+    "plan_file": MACHINERY,
     "report": MACHINERY,
     "distill": VOCABULARY,
     "recipe": MACHINERY,
@@ -65,9 +66,10 @@ ALLOWED = {
     "huggingface": SERVICES | {"api", "huggingface"},
     "page": MACHINERY | {"svg", "page"},
     "serving": SERVICES | {"serving"},
+    "planner": SERVICES | {"planner"},
     "api": SERVICES | {"api", "passes.calibrate"},
     "on_disk": SERVICES | {"api", "passes.calibrate"},
-    "cli": SERVICES | {"api", "on_disk", "cli", "root", "passes.calibrate", "serving", "page"},
+    "cli": SERVICES | {"api", "on_disk", "cli", "root", "passes.calibrate", "serving", "page", "planner"},
     "root": VOCABULARY,
 }
 

@@ -65,7 +65,7 @@ def test_files_that_are_no_plan_are_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"plan.json is not UTF-8"):
         Plan.load(path)
     path.write_text("[]")
-    with pytest.raises(RecipeError, match=r"plan.json: .*valid dictionary"):
+    with pytest.raises(RecipeError, match=r"plan.json line 1: .*valid dictionary"):
         Plan.load(path)
     with pytest.raises(ArtifactError, match="cannot write"):
         PLAN.save(tmp_path / "absent" / "plan.json")

@@ -46,7 +46,7 @@ def site_scores(
     if teacher.valueless:
         raise RecipeError(f"{wanted[0].name} cannot be measured: the model has no weights; list the layers instead")
     model = model_key(teacher)
-    files = {score.name: _folder() / f"{hash_of(model, data_key, score.name)}.json" for score in wanted}
+    files = {score.name: cache_folder() / f"{hash_of(model, data_key, score.name)}.json" for score in wanted}
     found = {name: values for name, file in files.items() if (values := _read(file)) is not None}
     missing = [score for score in wanted if score.name not in found]
     for name, values in (_measure(teacher, data(), missing, progress) if missing else {}).items():
@@ -128,11 +128,12 @@ def residual_nodes(program: Program, site: Site) -> tuple[fx.Node, fx.Node]:
     raise RecipeError(f"site {site.index} ({site.module}): no residual stream around it, so it has no similarity")
 
 
-def _folder() -> Path:
+def cache_folder(name: str = "scores") -> Path:
+    """Where measured things are kept: a folder of that name below LINEARIZE_CACHE, or in the user's cache."""
     given = os.environ.get("LINEARIZE_CACHE")
     if given:
-        return Path(given) / "scores"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize" / "scores"
+        return Path(given) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize" / name
 
 
 def _read(file: Path) -> dict[int, float] | None:

@@ -15,6 +15,7 @@ from linearize.cli.evaluate import evaluate
 from linearize.cli.export import export_model
 from linearize.cli.generate import generate
 from linearize.cli.inspect import inspect_model
+from linearize.cli.plan import plan_model
 from linearize.cli.recipes import recipes
 from linearize.cli.serve import serve
 from linearize.cli.verify import verify
@@ -50,6 +51,7 @@ def root(
 
 app.command("demo")(demo)
 app.command("inspect")(inspect_model)
+app.command("plan")(plan_model)
 app.command("compile")(compile_model)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -56,7 +56,7 @@ def compile_model(
     seed: Annotated[int, typer.Option(help="Of samples and of the fit.")] = 0,
     window: Annotated[int | None, typer.Option(min=1, help="The recipe's window, in tokens.")] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan to follow, as inspect --save-plan wrote it and you edited it.")
+        Path | None, typer.Option(help="A plan to follow, which linearize plan or inspect --save-plan wrote.")
     ] = None,
     mixers: Mixers = None,
     streaming: Annotated[
@@ -88,24 +88,25 @@ def compile_model(
 
     sources = [parse_source(text) for text in data or []]
     import linearize
-    from linearize.plan import Plan
+    from linearize.plan_file import read_plan
     from linearize.recipe import Recipe
 
     policy = Recipe.load(recipe)
     policy = policy if window is None else policy.with_options(window=window)
-    chosen = Plan.load(plan) if plan is not None else None
+    chosen = read_plan(plan).plan if plan is not None else None
+    fit = (chosen.fit if chosen is not None else None) or policy.fit
     directory = streamed_directory(model, streaming, most)
     if directory is not None and distill:
         raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one out")
     source = load_source(model) if directory is None else None
     config = config_of(source if source is not None else str(directory))
     whole = policy.distill.tokens if distill is None else distill
-    wanted = max(policy.fit.tokens if tokens is None else tokens, whole * 8 // 7)  # an eighth is held out
-    calibration = read_calibration(sources, model, config, policy.fit, wanted) if sources else None
+    wanted = max(fit.tokens if tokens is None else tokens, whole * 8 // 7)  # an eighth is held out
+    calibration = read_calibration(sources, model, config, fit, wanted) if sources else None
     started = time.perf_counter()
     if not quiet:
         how = f"{model} block by block" if source is None else type(source).__name__
-        say(f"compiling {how} with recipe {recipe}")
+        say(f"compiling {how} with " + (f"recipe {recipe}" if plan is None else f"plan {plan}"))
         for line in calibration.report() if calibration is not None else ():
             say(f"data: {line}")
     with joined(), kept_beside(output, quiet or rank() > 0) as folder:
@@ -121,7 +122,7 @@ def compile_model(
                 print_report(compiled, output, time.perf_counter() - started)
             return
         compiled = linearize.compile(
-            source, policy, calibration=calibration, plan=chosen, tokens=tokens, distill=distill, seed=seed,
+            source, policy, calibration=calibration, plan=plan, tokens=tokens, distill=distill, seed=seed,
             progress=not quiet, checkpoints=folder,
         )  # fmt: skip
         if not rank():

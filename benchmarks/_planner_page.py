@@ -1,0 +1,1 @@
+def write_page(known, folder): pass

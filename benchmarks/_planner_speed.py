@@ -1,0 +1,2 @@
+def speeds(source): return {}
+def planning_seconds(): return {}

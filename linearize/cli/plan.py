@@ -1,0 +1,163 @@
+"""`linearize plan`: the best model under a budget, as a plan that can be edited and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearize.cli._mixers import Mixers
+from linearize.cli._models import MODEL_HELP, context_limit, load_source
+from linearize.cli._shell import out, say
+from linearize.errors import DataError, LinearizeError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from linearize.plan import Plan
+    from linearize.planner.make import Wishes
+    from linearize.planner.planning import Planner
+
+
+def plan_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    context: Annotated[str, typer.Option(help="Tokens behind the next one: 4096, 32k.")] = "4k",
+    budget: Annotated[
+        str, typer.Option(help="Of state: 25% of the source's cache, 3MiB; or 2.5ms a decoded token on the target.")
+    ] = "25%",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    target: Annotated[str, typer.Option(help="cpu (timed here once), h200, or a .json file.")] = "cpu",
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="SITE=MIXER", help="What a site must become: 0=keep. Repeatable.")
+    ] = None,
+    never: Annotated[list[str] | None, typer.Option(metavar="MIXER", help="What no site becomes: drop.")] = None,
+    use: Annotated[
+        list[str] | None, typer.Option(metavar="MIXER", help="Choose among these mixers and keep only.")
+    ] = None,
+    heads: Annotated[bool, typer.Option(help="Let the kv heads of a layer differ.")] = True,
+    data: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to score on, as for compile.")] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to score on, and as many to measure plans on.")] = 4096,
+    length: Annotated[int, typer.Option(min=32, help="Longest row to score on.")] = 1024,
+    measurements: Annotated[int, typer.Option(min=0, help="Plans to measure around the solution.")] = 6,
+    pareto: Annotated[
+        Path | None, typer.Option(help="Also draw loss over bytes for many budgets, as .svg.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
+    mixers: Mixers = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Find what every attention should become under a budget, and show the trade-off.
+
+    Scores are measured on the model once and remembered; another budget takes seconds. The plan is JSON to edit and to
+    compile: linearize compile MODEL -o DIR --plan FILE.
+    """
+    from linearize.planner.budgets import parse_budget, parse_context, parse_pin
+    from linearize.planner.make import Wishes, make_planner
+    from linearize.planner.target import load_target
+
+    if pareto is not None and pareto.suffix not in (".svg", ".html"):
+        raise LinearizeError(f"--pareto draws .svg or .html, not {pareto.name}")
+    wanted = parse_context(context)
+    parse_budget(budget, 1)
+    wishes = Wishes(dict(parse_pin(text) for text in pin or []), tuple(never or ()), tuple(use or ()), heads)
+    check_names(wishes)
+    machine = load_target(target)
+    source = load_source(model)
+    from linearize.capture import capture
+
+    say(f"capturing {type(source).__name__}")
+    program = capture(source)
+    check_pins(wishes, [site.index for site in program.matched])
+    longest = min(length, wanted, context_limit(source) or length)
+    rows = read_rows_of(data, model, source, longest, 2 * tokens)
+    planner = make_planner(
+        program, wanted, machine, batch=batch, data=rows, tokens=tokens, length=longest, wishes=wishes, seed=seed,
+        progress=not quiet,
+    )  # fmt: skip
+    limit = parse_budget(budget, planner.source_bytes)
+    chosen = planner.best(limit, measurements)
+    plan = planner.plan(chosen, limit, source_seconds(source, planner))
+    show(plan)
+    if output is not None:
+        plan.save(output)
+        out().print(f"wrote {output}: linearize compile {model} -o DIR --plan {output}", soft_wrap=True)
+    if pareto is not None:
+        draw(planner, pareto, measurements, model)
+
+
+def check_names(wishes: Wishes) -> None:
+    """Raises RecipeError where a mixer is named that there is none of."""
+    from linearize.mixers import mixer_class
+
+    for name in (*wishes.never, *wishes.mixers, *(mixer for mixer, _ in wishes.pins.values())):
+        mixer_class(name)
+
+
+def check_pins(wishes: Wishes, sites: list[int]) -> None:
+    """Raises RecipeError where a site is pinned that the model does not have."""
+    unknown = sorted(set(wishes.pins) - set(sites))
+    if unknown:
+        raise RecipeError(f"site {unknown[0]} cannot be pinned: the model's matched sites are {sites}")
+
+
+def read_rows_of(data: list[str] | None, name: str, model: nn.Module, length: int, tokens: int) -> Any:
+    """Batches of token ids from the user's text; None without any."""
+    if not data:
+        return None
+    from linearize.calibration.sources import parse_source
+    from linearize.cli._models import read_calibration
+    from linearize.plan import Fit
+
+    fit = Fit(tokens=tokens, length=length, batch=1)
+    return read_calibration([parse_source(text) for text in data], name, model, fit, tokens)
+
+
+def source_seconds(source: nn.Module, planner: Planner) -> float | None:
+    """Predicted, of one token of the source with its cache; None where that cannot be counted."""
+    from linearize.planner.source import source_calls
+
+    if planner.batch != 1:
+        return None
+    try:
+        return planner.target.seconds(source_calls(source, planner.context), graph=False)
+    except DataError:
+        return None
+
+
+def show(plan: Plan) -> None:
+    from linearize import printing
+    from linearize.printing import bytes_text
+
+    figures, console = plan.figures, out()
+    assert figures is not None
+    console.print(printing.plan_table(plan))
+    share = figures.state_bytes / figures.source_bytes
+    loss = "not measured" if figures.measured_loss is None else f"measured {figures.measured_loss:.4g}"
+    lines = [
+        f"state {bytes_text(figures.state_bytes)} of {bytes_text(figures.source_bytes)} ({share:.1%}) at "
+        f"{figures.context:,} tokens, {figures.batch} at once",
+        f"loss, KL from the source in nats a token: predicted {figures.predicted_loss:.4g}, {loss}",
+    ]
+    if figures.predicted_seconds:
+        speed = f"decoding on {figures.target}: predicted {1e3 * figures.predicted_seconds:.3g} ms a token"
+        if figures.source_seconds:
+            speed += f", the source {1e3 * figures.source_seconds:.3g} ms"
+        lines.append(speed)
+    console.print(printing.notes(lines))
+
+
+def draw(planner: Planner, file: Path, measurements: int, model: str) -> None:
+    from linearize.files import write_atomically
+    from linearize.planner.pareto import curve, drawn, recipe_marks
+
+    say("measuring plans over budgets, and the recipes")
+    marks = curve(planner, measurements=measurements)
+    others = recipe_marks(planner)
+    svg = drawn(marks, others, planner.source_bytes, f"{model}: loss by state at {planner.context:,} tokens")
+    text = svg if file.suffix == ".svg" else f"<!doctype html><meta charset=utf-8><title>{model}</title>{svg}"
+    write_atomically(file, (text + "\n").encode())
+    out().print(f"wrote {file}: {len(marks)} budgets, {len(others)} recipes", soft_wrap=True)

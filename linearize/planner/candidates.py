@@ -1,0 +1,87 @@
+"""What a site, or one kv head of it, may become.
+
+Sizes that matter are shares of the context. Where rows to measure on are shorter than the context, a candidate is
+scored with its `slots` (or a window of more than `LOCAL` keys) at the same number per token, so that it is as tight
+there as it will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linearize.mixers import mixer_class
+from linearize.spec import Site
+
+Options = tuple[tuple[str, Any], ...]
+LOCAL = 128
+SHARES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+WINDOW_SHARES = (1 / 8, 1 / 2)
+LATENT_SHARES = (0.25, 0.5)
+SIZES = {"slots": ("slots",), "window": ("window",)}  # mixer: the options that grow with the context
+SLOTS: dict[str, Any] = {"window": 32, "rounds": 4, "decay": 0.97}
+WHOLE = ("mla", "mixture")  # their heads share a state, or they are made of heads already
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mixer with its options at the planned context, and `scored`, the options that it is measured with."""
+
+    mixer: str
+    options: Options = ()
+    scored: Options = ()
+
+    @property
+    def by_head(self) -> bool:
+        """Whether it may stand at some kv heads of a site alone."""
+        return self.mixer not in WHOLE
+
+    @property
+    def label(self) -> str:
+        """`slots{slots=96,window=32}`"""
+        shown = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.mixer}{{{shown}}}" if shown else self.mixer
+
+    @property
+    def measured_as(self) -> str:
+        shown = ",".join(f"{key}={value}" for key, value in self.scored)
+        return f"{self.mixer}{{{shown}}}" if shown else self.mixer
+
+    @property
+    def size(self) -> float | None:
+        """The option that grows with the context, by which neighbours are interpolated; None without one."""
+        names = [name for name in SIZES.get(self.mixer, ()) if name in dict(self.options)]
+        return float(dict(self.options)[names[0]]) if names else None
+
+    def refusal(self, site: Site) -> str | None:
+        return mixer_class(self.mixer).refusal_with(site, dict(self.options))
+
+
+def candidate(mixer: str, options: dict[str, Any], context: int, length: int) -> Candidate:
+    """One candidate at `context`, to be measured on rows of `length` tokens."""
+    scored = dict(options)
+    for name in SIZES.get(mixer, ()):
+        value = options.get(name, 0)
+        if length < context and (name != "window" or value > LOCAL):
+            scored[name] = max(1, round(value * length / context))
+    return Candidate(mixer, tuple(sorted(options.items())), tuple(sorted(scored.items())))
+
+
+def default_candidates(context: int, length: int, head_dim: int = 64) -> list[Candidate]:
+    """What is measured unless the caller says otherwise, dearest last; `keep` and `drop` are always there."""
+    made: list[tuple[str, dict[str, Any]]] = [("drop", {}), ("window", {"window": 64, "sinks": 4})]
+    windows = [int(context * share) for share in WINDOW_SHARES if context * share > LOCAL]
+    made += [("window", {"window": window, "sinks": 4}) for window in windows]
+    made += [("moments", {"window": 64, "sinks": 4})]
+    made += [("lolcats", {"window": 64, "features": head_dim, "sinks": 4})]
+    sizes = sorted({max(8, round(context * share)) for share in SHARES})
+    made += [("slots", {**SLOTS, "slots": size}) for size in sizes]
+    made += [("mla", {"cache": share}) for share in LATENT_SHARES]
+    made += [("keep", {})]
+    return [candidate(mixer, options, context, length) for mixer, options in made]
+
+
+def only(candidates: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
+    """Those whose mixer is among `names`, `keep` always."""
+    return [one for one in candidates if one.mixer in names or one.mixer == "keep"]

@@ -1,0 +1,141 @@
+"""A planner for a model: rows to score and to measure on, candidates, scores, pins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from linearize.calibration.data import checked_batches
+from linearize.calibration.keys import tokens_key
+from linearize.calibration.samples import sample_teacher
+from linearize.errors import RecipeError
+from linearize.mixers import mixer_class
+from linearize.passes.rewrite import RaiseAttention
+from linearize.pipeline import run_pipeline
+from linearize.planner.candidates import Candidate, candidate, default_candidates, only
+from linearize.planner.planning import Planner
+from linearize.planner.scores import planner_scores
+from linearize.planner.target import Target
+from linearize.program import Program
+from linearize.progress import Progress
+from linearize.spec import Site
+
+TOKENS = 4096
+LONGEST = 1024  # of a row that scores are measured on, unless the data has longer ones
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user wants of a plan beside its budget. `pins`: by site, a mixer with options; `never`: mixers that no
+    site becomes; `mixers`: those that may be used at all, () for all."""
+
+    pins: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    never: tuple[str, ...] = ()
+    mixers: tuple[str, ...] = ()
+    by_head: bool = True
+
+
+def make_planner(
+    program: Program,
+    context: int,
+    target: Target,
+    *,
+    batch: int = 1,
+    data: Iterable[Tensor] | None = None,
+    tokens: int = TOKENS,
+    length: int = LONGEST,
+    wishes: Wishes | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Planner:
+    """Measure what is not remembered, and be ready to plan for any budget.
+
+    `data` yields token ids int64 [B, T], of which every other row is held out to measure plans on; None draws the
+    model's own samples.
+
+    Raises:
+        RecipeError: no attention was matched, a pin cannot be, or the model has no weights.
+        DataError: the data is unusable.
+    """
+    teacher = raised(program)
+    if not teacher.matched:
+        raise RecipeError(f"{program.model_name} has no attention that could be matched, so there is nothing to plan")
+    wishes = wishes or Wishes()
+    shown = Progress(progress)
+    rows = _rows(teacher, data, tokens, length, seed, shown)
+    train, held = _split(rows)
+    longest = max(row.shape[1] for row in train)
+    candidates = {site.index: site_candidates(site, context, min(longest, context), wishes) for site in teacher.matched}
+    scores = planner_scores(teacher, lambda: train, tokens_key(train), candidates, shown, seed)
+    pins = {site: candidate(mixer, options, context, longest) for site, (mixer, options) in wishes.pins.items()}
+    return Planner(teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head)
+
+
+def raised(program: Program) -> Program:
+    done = any(record.name == RaiseAttention.name for record in program.history)
+    return program if done else run_pipeline(program, [RaiseAttention()])
+
+
+def _rows(
+    teacher: Program, data: Iterable[Tensor] | None, tokens: int, length: int, seed: int, progress: Progress
+) -> list[Tensor]:
+    """[1, T] each: what scores are measured on, and as much again that is held out."""
+    if data is None:
+        batches = sample_teacher(teacher, 2 * tokens, length, seed, progress)
+    else:
+        batches = checked_batches(data, teacher.vocab_size, 2 * tokens, teacher.max_positions)
+    rows = [row for batch in batches for row in batch.split(1)]
+    return rows[: max(2, -(-2 * tokens // rows[0].shape[1]))]
+
+
+def _split(rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(to score on, held out); of a single row the first and second half."""
+    if len(rows) == 1:
+        half = rows[0].shape[1] // 2
+        return [rows[0][:, :half]], [rows[0][:, half:]]
+    half = (len(rows) + 1) // 2
+    return list(rows[:half]), list(rows[half:])
+
+
+def site_candidates(site: Site, context: int, length: int, wishes: Wishes) -> list[Candidate]:
+    """What a site may become, by what its mixers refuse and what the user wishes; `keep` is always among them unless it
+    is pinned to something else.
+
+    Raises:
+        RecipeError: a pin is refused by the site or has wrong options.
+    """
+    pin = wishes.pins.get(site.index)
+    if pin is not None:
+        pinned = candidate(*pin, context, length)
+        _check_pin(site, pinned)
+        return [pinned]
+    found = _by_mask(site, context, length)
+    if wishes.mixers:
+        found = only(found, wishes.mixers)
+    found = [one for one in found if one.mixer not in wishes.never]
+    found = [one for one in found if one.refusal(site) is None]
+    if not found:
+        raise RecipeError(f"site {site.index} ({site.module}): every candidate is refused or ruled out")
+    return found
+
+
+def _by_mask(site: Site, context: int, length: int) -> list[Candidate]:
+    """A source's own sliding window is exact in a ring of its size, and nothing may look further back than it."""
+    mask = site.attention.mask
+    if mask.kind != "sliding":
+        return default_candidates(context, length, site.attention.head_dim)
+    sizes = sorted({max(1, mask.size // share) for share in (8, 4, 2, 1)})
+    windows = [Candidate("window", (("window", size),), (("window", size),)) for size in sizes]
+    return [Candidate("drop"), *windows, Candidate("keep")]
+
+
+def _check_pin(site: Site, pinned: Candidate) -> None:
+    try:
+        refusal = mixer_class(pinned.mixer).refusal_with(site, dict(pinned.options))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"pin of site {site.index}: {pinned.mixer}: {error}") from error
+    if refusal is not None:
+        raise RecipeError(f"pin of site {site.index} ({site.module}): {refusal}")

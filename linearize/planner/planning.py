@@ -1,0 +1,283 @@
+"""From scores and costs to a plan: solve, then measure a few plans near the solution and keep the best.
+
+A budget is in bytes of state, or in seconds a decoded token on a target. 100 % of the bytes is what the source carries
+compiled with every attention kept. Plans that were measured are compared on rows that no score was measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from linearize.calibration.teacher import TeacherStream
+from linearize.errors import RecipeError
+from linearize.mixers import Mixer
+from linearize.plan import Fit, Plan, PlanEntry, PlanFigures
+from linearize.planner.candidates import Candidate
+from linearize.planner.choices import Choice, Known, entry_of, known_candidates, site_options
+from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
+from linearize.planner.scores import Scores, prepared
+from linearize.planner.solver import Option, solve
+from linearize.planner.student import Student, divergence
+from linearize.planner.target import Target
+from linearize.program import Program
+from linearize.spec import Site
+
+PREPARE = Fit(tokens=4096, length=512, batch=4, passes=0)
+NOTHING = Fit(tokens=0)
+CLOSE = 1.5  # plans of at most so many times the solution's predicted loss are worth a measurement
+
+Assignment = Mapping[int, Choice]  # by site
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`limit` bytes, or seconds where `seconds`; `text` is how the user wrote it."""
+
+    limit: float
+    seconds: bool = False
+    text: str = ""
+
+
+@dataclass
+class Planner:
+    """All that is known of one model at one context. Scores were measured on `train`, plans are on `held`; `pins` maps
+    sites to what they must become."""
+
+    teacher: Program
+    context: int
+    batch: int
+    candidates: Mapping[int, Sequence[Candidate]]
+    scores: Scores
+    target: Target
+    train: Sequence[Tensor] = ()
+    held: Sequence[Tensor] = ()
+    pins: Mapping[int, Candidate] = field(default_factory=dict)
+    by_head: bool = True
+
+    def __post_init__(self) -> None:
+        self._measured: dict[tuple[tuple[int, Choice], ...], float] = {}
+        self._frontiers: dict[tuple[int, bool], list[Option]] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        return base_cost(self.teacher, self.batch)
+
+    @cached_property
+    def known(self) -> dict[int, list[Known]]:
+        """By site."""
+        return {
+            site.index: known_candidates(site, self.candidates[site.index], self.scores.table[site.index])
+            for site in self.teacher.matched
+        }
+
+    # ---- costs -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Of the model compiled with every attention kept."""
+        kept = sum(state_bytes(site.attention, "keep", {}, self.context, self.batch) for site in self.teacher.matched)
+        return self.base.state_bytes + kept
+
+    def bytes_of(self, assignment: Assignment) -> int:
+        """Exactly what the compiled plan allocates."""
+        return self.base.state_bytes + sum(
+            int(self._site_bytes(site, assignment[site.index])) for site in self.teacher.matched
+        )
+
+    def _site_bytes(self, site: Site, choice: Choice) -> float:
+        entry = entry_of(site, choice)
+        return float(state_bytes(site.attention, entry.mixer, entry.options, self.context, self.batch))
+
+    def _site_seconds(self, site: Site, choice: Choice) -> float:
+        calls = decode_calls(self.base, [site], [entry_of(site, choice)], self.context, self.batch)
+        return self.target.seconds(calls[len(self.base.calls) :], within=calls)
+
+    def seconds_of(self, entries: Sequence[PlanEntry]) -> float:
+        """Predicted, of one decoded token."""
+        calls = decode_calls(self.base, self.teacher.matched, entries, self.context, self.batch)
+        return self.target.seconds(calls)
+
+    # ---- predicted loss ----------------------------------------------------------------------------------------------
+
+    def predicted(self, assignment: Assignment) -> float:
+        return sum(self._site_loss(site, assignment[site.index]) for site in self.teacher.matched)
+
+    def _site_loss(self, site: Site, choice: Choice) -> float:
+        known = {one.candidate: one for one in self.known[site.index]}
+        if len(set(choice)) == 1:
+            return known[choice[0]].loss
+        return sum(known[one].by_head[head] for head, one in enumerate(choice))
+
+    def frontier(self, site: Site, seconds: bool = False) -> list[Option]:
+        """What the site can be, cheapest first, each losing less than the one before."""
+        if (site.index, seconds) not in self._frontiers:
+            known = self.known[site.index]
+            if site.index in self.pins:
+                known = [one for one in known if one.candidate == self.pins[site.index]]
+            cost: Callable[[Site, Choice], float] = self._site_seconds if seconds else self._site_bytes
+            self._frontiers[site.index, seconds] = site_options(site, known, cost, self.by_head and not seconds)
+        return self._frontiers[site.index, seconds]
+
+    # ---- solving -----------------------------------------------------------------------------------------------------
+
+    def solve(self, budget: Budget) -> Assignment:
+        """The assignment of least predicted loss.
+
+        Raises:
+            RecipeError: not even the cheapest one fits; it says what that takes.
+        """
+        sites = self.teacher.matched
+        items = [self.frontier(site, budget.seconds) for site in sites]
+        fixed = self.target.seconds(self.base.calls) if budget.seconds else float(self.base.state_bytes)
+        chosen = solve(items, budget.limit - fixed)
+        if chosen is None:
+            least = fixed + sum(item[0].cost for item in items)
+            unit = "seconds a token" if budget.seconds else "bytes"
+            raise RecipeError(
+                f"no plan fits {budget.text or budget.limit}: the cheapest takes {least:,.6g} {unit}; "
+                "raise the budget or allow more candidates"
+            )
+        return {site.index: item[at].choice for site, item, at in zip(sites, items, chosen, strict=True)}
+
+    def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
+        """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, and
+        plans with one candidate everywhere; the most promising first."""
+        sites = self.teacher.matched
+        items = {site.index: self.frontier(site, budget.seconds) for site in sites}
+        place = {index: _place(items[index], start[index]) for index in items}
+        found = [dict(start)]
+        for up in items:
+            for steps in range(1, 4):
+                risen = place[up] + steps
+                if risen >= len(items[up]):
+                    break
+                changed = {**start, up: items[up][risen].choice}
+                found.append(changed)
+                for down in items:
+                    lowered = [at for at in range(place[down] - 1, -1, -1) if down != up]
+                    found += [{**changed, down: items[down][at].choice} for at in lowered[:6]]
+        found += self.uniform()
+        limit = CLOSE * self.predicted(start) + 1e-6
+        fitting = [one for one in found if self.cost(one, budget) <= budget.limit and self.predicted(one) <= limit]
+        return sorted(_distinct(fitting), key=self.predicted)
+
+    def uniform(self) -> list[Assignment]:
+        """One candidate at every site, for all that every site can take; pinned sites as pinned."""
+        sites = self.teacher.matched
+        common = [one.candidate for one in self.known[sites[0].index]]
+        for site in sites:
+            can = {one.candidate for one in self.known[site.index]}
+            common = [one for one in common if one in can]
+        made = [{site.index: (one,) * site.attention.kv_heads for site in sites} for one in common]
+        pinned = {
+            site.index: (self.pins[site.index],) * site.attention.kv_heads
+            for site in sites if site.index in self.pins
+        }  # fmt: skip
+        return [{**one, **pinned} for one in made]
+
+    def cost(self, assignment: Assignment, budget: Budget) -> float:
+        if not budget.seconds:
+            return float(self.bytes_of(assignment))
+        return self.seconds_of([entry_of(site, assignment[site.index]) for site in self.teacher.matched])
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(self, assignments: Sequence[Assignment]) -> list[float]:
+        """KL on the held-out rows of each, in nats a token; each is measured once."""
+        wanted = [one for one in _distinct(assignments) if _key(one) not in self._measured]
+        if wanted:
+            losses = measured(self.teacher, self.train, self.held, [self.entries(one, scored=True) for one in wanted])
+            self._measured |= {_key(one): loss for one, loss in zip(wanted, losses, strict=True)}
+        return [self._measured[_key(one)] for one in assignments]
+
+    def best(self, budget: Budget, measurements: int = 6) -> Assignment:
+        """The solution, or what measured better among the `measurements` most promising plans around it."""
+        solution = self.solve(budget)
+        if measurements < 2 or not self.held:
+            return solution
+        pool = [solution, *(one for one in self.neighbours(solution, budget) if _key(one) != _key(solution))]
+        pool = pool[:measurements]
+        losses = self.measure(pool)
+        return pool[min(range(len(pool)), key=lambda at: (losses[at], at))]
+
+    # ---- plans -------------------------------------------------------------------------------------------------------
+
+    def entries(self, assignment: Assignment, scored: bool = False) -> list[PlanEntry]:
+        return [
+            entry_of(site, assignment[site.index], self._reason(site, assignment[site.index]), scored)
+            for site in self.teacher.matched
+        ]
+
+    def _reason(self, site: Site, choice: Choice) -> str:
+        pinned = "pinned; " if site.index in self.pins else ""
+        size = self._site_bytes(site, choice)
+        return f"{pinned}predicted loss {self._site_loss(site, choice):.2g}, {size:,.0f} bytes"
+
+    def plan(self, assignment: Assignment, budget: Budget, source_seconds: float | None = None) -> Plan:
+        """As a file would hold it, with what is predicted and, where it was measured, what it loses."""
+        entries = self.entries(assignment)
+        loss = self._measured.get(_key(assignment))
+        figures = PlanFigures(
+            context=self.context, batch=self.batch, budget=budget.text, target=self.target.name,
+            state_bytes=self.bytes_of(assignment), source_bytes=self.source_bytes,
+            predicted_loss=self.predicted(assignment), measured_loss=loss,
+            predicted_seconds=self.seconds_of(entries), source_seconds=source_seconds,
+        )  # fmt: skip
+        learning = any(learns(entry) for entry in entries)
+        return Plan(recipe="plan", figures=figures, fit=PREPARE if learning else NOTHING, entries=tuple(entries))
+
+
+@torch.no_grad()
+def measured_rows(
+    teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]]
+) -> list[list[float]]:
+    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers prepared on the first of
+    `train`. The teacher's own distribution is computed once a batch, and each mixer is made once for all plans."""
+    stream = TeacherStream(teacher, list(train[:1]))
+    made: dict[tuple[int, str], Mixer] = {}
+    for site in stream.walk(teacher.matched):
+        for entry in (one for plan in plans for one in plan if one.site == site.index and one.mixer != "keep"):
+            if (site.index, entry.label()) not in made:
+                made[site.index, entry.label()] = prepared(stream, site, entry.mixer, entry.options)
+    student = Student(teacher)
+    losses: list[list[float]] = [[] for _ in plans]
+    for ids in held:
+        expected = student.logits(ids, {})
+        for found, plan in zip(losses, plans, strict=True):
+            mixers = {entry.site: made[entry.site, entry.label()] for entry in plan if entry.mixer != "keep"}
+            total = divergence(expected, student.logits(ids, mixers)) if mixers else 0.0
+            found.append(max(total, 0.0) / ids.numel())
+    return losses
+
+
+def measured(
+    teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]]
+) -> list[float]:
+    """The means over rows of equal length."""
+    return [sum(rows) / len(rows) for rows in measured_rows(teacher, train, held, plans)]
+
+
+def learns(entry: PlanEntry) -> bool:
+    """Whether the mixer (or a part of it) is to be prepared or fitted."""
+    from linearize.mixers import mixer_class
+
+    if entry.mixer == "mixture":
+        return any(mixer_class(part["mixer"]).fits for part in entry.options["parts"])
+    return mixer_class(entry.mixer).fits
+
+
+def _place(options: Sequence[Option], choice: Choice) -> int:
+    return next((at for at, option in enumerate(options) if option.choice == choice), 0)
+
+
+def _key(assignment: Assignment) -> tuple[tuple[int, Choice], ...]:
+    return tuple(sorted(assignment.items(), key=lambda item: item[0]))
+
+
+def _distinct(assignments: Iterable[Assignment]) -> list[Assignment]:
+    return list({_key(one): one for one in assignments}.values())

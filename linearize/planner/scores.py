@@ -1,0 +1,178 @@
+"""What every candidate costs in loss at every site, measured in one walk of the teacher's stream and kept on disk.
+
+For a candidate at a site, the others being the teacher's (a learning mixer is prepared without gradients first):
+
+    loss     mean KL(teacher || teacher with the candidate there), nats a token: run from the site on
+    error    relative MSE of its output
+    fisher   the same loss to second order, from sampled gradients at the site's output (`sensitivity`), and the part
+             of each kv head by itself: how a loss is split over heads, and an estimate of it that needs no run
+
+Memory is that of the stream plus one site's gradients, `SAMPLES` times its output. The cache holds one JSON file per
+model, data and site, written after every candidate: an interrupted run goes on, and a new candidate is measured alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.calibration.keys import hash_of, model_key
+from linearize.calibration.scores import cache_folder
+from linearize.calibration.teacher import TeacherStream
+from linearize.errors import ArtifactError, RecipeError
+from linearize.files import write_atomically
+from linearize.mixers import Mixer, build_mixer
+from linearize.planner.candidates import Candidate
+from linearize.planner.sensitivity import gradients, quadratic
+from linearize.planner.student import divergence
+from linearize.program import Program
+from linearize.progress import Progress
+from linearize.spec import Site
+
+SAMPLES = 8
+PREPARED_ON = 512  # tokens of a row: preparing is quadratic in the length for some mixers
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One candidate at one site; `heads` holds the second-order loss of each kv head alone."""
+
+    loss: float
+    error: float
+    fisher: float
+    heads: list[float]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the loss by kv head; they add up to 1."""
+        total = sum(self.heads)
+        return [head / total for head in self.heads] if total > 0 else [1 / len(self.heads)] * len(self.heads)
+
+
+Table = dict[int, dict[str, Scored]]  # site -> Candidate.measured_as -> what was measured
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that a plan is predicted from. `tokens` were measured on."""
+
+    table: Table
+    tokens: int
+
+
+def planner_scores(
+    teacher: Program,
+    data: Callable[[], Sequence[Tensor]],
+    data_key: str,
+    candidates: Mapping[int, Sequence[Candidate]],
+    progress: Progress,
+    seed: int = 0,
+) -> Scores:
+    """`candidates` by site; `data` gives batches int64 [B, T] and is asked only for what the cache does not know.
+
+    Raises:
+        RecipeError: the model has no weights.
+    """
+    if teacher.device.type == "meta":
+        raise RecipeError("a plan needs scores, and scores need weights: this model has none")
+    model = model_key(teacher)
+    files = {
+        site.index: cache_folder("planner") / f"{hash_of(model, data_key, f'site {site.index} seed {seed}')}.json"
+        for site in teacher.matched
+    }
+    known = {site: _read(file) for site, file in files.items()}
+    missing = {
+        site: [one for one in wanted if one.measured_as not in known[site].table.get(site, {})]
+        for site, wanted in candidates.items()
+    }
+    tokens = max((one.tokens for one in known.values()), default=0)
+    if any(missing.values()):
+        tokens = _measure(teacher, data(), missing, known, files, progress, seed)
+    return Scores({site: one.table.get(site, {}) for site, one in known.items()}, tokens)
+
+
+def _measure(
+    teacher: Program, batches: Sequence[Tensor], missing: Mapping[int, Sequence[Candidate]],
+    known: Mapping[int, Scores], files: Mapping[int, Path], progress: Progress, seed: int,
+) -> int:  # fmt: skip
+    stream = TeacherStream(teacher, list(batches))
+    tokens = sum(batch.numel() for batch in batches)
+    with torch.no_grad():
+        for site in progress.track(stream.walk(teacher.matched), "scoring sites", total=len(teacher.matched)):
+            wanted = missing.get(site.index, ())
+            if not wanted:
+                continue
+            bench = SiteBench(stream, site, seed)
+            for one in wanted:
+                known[site.index].table.setdefault(site.index, {})[one.measured_as] = bench.score(one)
+                _write(files[site.index], known[site.index].table[site.index], site.index, tokens)
+                progress.note(f"site {site.index} {one.mixer}")
+    return tokens
+
+
+class SiteBench:
+    """One site while the stream stands before it: gradients made once, then any number of candidates."""
+
+    def __init__(self, stream: TeacherStream, site: Site, seed: int) -> None:
+        self.stream, self.site = stream, site
+        self.batches = range(len(stream.batches))
+        self.gradients = [gradients(stream, site, batch, SAMPLES, seed) for batch in self.batches]
+
+    def score(self, one: Candidate) -> Scored:
+        mixer = prepared(self.stream, self.site, one.mixer, dict(one.scored))
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, squared error, outputs, squared outputs
+        heads, fisher, tokens, numbers = torch.zeros(self.site.attention.kv_heads).double(), 0.0, 0, 0
+        for batch in self.batches:
+            inputs, output = self.stream.site_values(self.site, mixer.needs, batch)
+            replaced = mixer.run(inputs)
+            error, y = replaced.double() - output.double(), output.double()
+            whole, parts = quadratic(self.gradients[batch], error, len(heads))
+            fisher, heads = fisher + whole.item(), heads + parts.cpu()
+            loss = 0.0 if one.mixer == "keep" else self._loss(batch, replaced)
+            sums += torch.tensor([loss, error.square().sum(), y.sum(), y.square().sum()], dtype=torch.float64)
+            tokens, numbers = tokens + y.shape[0] * y.shape[2], numbers + y.numel()
+        loss, squares, mean, power = (sums / torch.tensor([tokens, numbers, numbers, numbers])).tolist()
+        variance = max(power - mean**2, 1e-30)
+        return Scored(max(loss, 0.0), squares / variance, fisher / tokens, (heads / tokens).tolist())
+
+    def _loss(self, batch: int, replaced: Tensor) -> float:
+        teacher = self.stream.logits(batch)
+        return divergence(teacher, self.stream.logits(batch, {self.site.nodes.core: replaced}))
+
+
+def prepared(stream: TeacherStream, site: Site, mixer: str, options: dict[str, Any]) -> Mixer:
+    """A mixer with what is found without gradients, on the first `PREPARED_ON` tokens of the first batch's rows."""
+    made = build_mixer(mixer, site.attention, options).to(stream.program.device)
+    if made.fits:
+        inputs, target = stream.site_values(site, made.needs, 0)
+        made.prepare([value[..., :PREPARED_ON, :] for value in inputs], target[..., :PREPARED_ON, :])
+    return made
+
+
+def _read(file: Path) -> Scores:
+    """Nothing where there is no such file, or none that can be used."""
+    try:
+        data = json.loads(file.read_text())
+        if data["version"] != VERSION:
+            return Scores({}, 0)
+        rows = {name: Scored(**row) for name, row in data["candidates"].items()}
+        return Scores({int(data["site"]): rows}, int(data["tokens"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Scores({}, 0)
+
+
+def _write(file: Path, rows: dict[str, Scored], site: int, tokens: int) -> None:
+    """A cache that cannot be written costs time, nothing else."""
+    with contextlib.suppress(OSError, ArtifactError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = {name: vars(row) for name, row in rows.items()}
+        data = {"version": VERSION, "site": site, "tokens": tokens, "candidates": made}
+        write_atomically(file, json.dumps(data).encode())
