@@ -1,1 +1,130 @@
-def write_page(known, folder): pass
+"""docs/planner-figures.md and a curve for each model, from what bench_planner.py measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from linearize.planner.pareto import Mark, drawn
+from linearize.printing import Figure, bytes_text
+
+NAMES = {
+    "demo": "the embedded model (Llama, 4 layers, 6 heads on 2 kv heads of 32)",
+    "qwen3": "a Qwen3 of 4 layers, 6 heads on 3 kv heads of 16, norms of q and k, trained by the script",
+    "gpt2": "a GPT-2 of 3 layers, 4 heads of 24, learned positions, trained by the script",
+}
+
+
+def write_page(known: dict[str, Any], folder: Path) -> None:
+    parts = [HEAD.format(context=f"{known.get('context', 4096):,}", torch=known.get("torch", ""))]
+    for name, found in known["models"].items():
+        file = folder / f"planner-figures-{name}.svg"
+        marks = [Mark(f"{row['budget']:.0%}", row["bytes"], row["loss"]) for row in found["budgets"]]
+        others = [Mark(key, row["bytes"], row["loss"]) for key, row in found["recipes"].items()]
+        file.write_text(drawn(marks, others, found["source_bytes"], f"{name}: loss by state") + "\n")
+        parts += [model_page(name, found, file.name)]
+    if known.get("speed"):
+        parts += [speed_page(known["speed"])]
+    (folder / "planner-figures.md").write_text("\n\n".join(parts) + "\n")
+
+
+def model_page(name: str, found: dict[str, Any], picture: str) -> str:
+    rivals = list(dict.fromkeys(key for row in found["budgets"] for key in row["rivals"]))
+    lines = []
+    for row in found["budgets"]:
+        cells = [figure(row["rivals"][key]["loss"]) if key in row["rivals"] else "-" for key in rivals]
+        recipe = best_recipe(found, row)
+        shown = f"{recipe} {figure(found['recipes'][recipe]['loss'])}" if recipe else "-"
+        told = (f"{row['budget']:.0%}", bytes_text(row["bytes"]), figure(row["predicted"]), figure(row["loss"]))
+        lines.append((*told, *cells, shown, verdict(row, found)))
+    heads = ("budget", "bytes", "predicted", "plan", *rivals, "best recipe that fits", "")
+    table = Figure("KL from the source in nats a token, on held-out rows", heads, lines,
+                   words=("best recipe that fits", ""))  # fmt: skip
+    rank = spearman([one["predicted"] for one in found["random"]], [one["loss"] for one in found["random"]])
+    single = [one for one in found["single"] if one["loss"] > 0]
+    estimate = spearman([one["fisher"] for one in single], [one["loss"] for one in single])
+    return f"""## {NAMES[name][0].upper()}{NAMES[name][1:]}
+
+{table.markdown()}
+
+![Loss by state]({picture})
+
+Rows of {found["length"]} tokens, {found["test_tokens"]:,} tokens in all; 100 % is {bytes_text(found["source_bytes"])}.
+Predicted loss ranks {len(found["random"])} random plans like measured loss: Spearman {rank:.3f}. The estimate from
+gradients ranks {len(single)} single replacements like the model's own loss: {estimate:.3f}. Scores took
+{found["seconds_scoring"]:.0f} s on one busy core (or were remembered), a budget with its measurements
+{statistics.median(row["seconds"] for row in found["budgets"]):.0f} s."""
+
+
+def best_recipe(found: dict[str, Any], row: dict[str, Any]) -> str | None:
+    limit = row["budget"] * found["source_bytes"]
+    fitting = {key: one["loss"] for key, one in found["recipes"].items() if one["bytes"] <= limit}
+    return min(fitting, key=lambda key: fitting[key]) if fitting else None
+
+
+def verdict(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """`best`, `tie` where a rival's mean is lower by less than twice the standard error of the rows' differences, or
+    the name of the rival that is better."""
+    others = {key: one["rows"] for key, one in row["rivals"].items()}
+    limit = row["budget"] * found["source_bytes"]
+    others |= {key: one["rows"] for key, one in found["recipes"].items() if one["bytes"] <= limit}
+    told = "best"
+    for name, rows in others.items():
+        differences = [own - other for own, other in zip(row["rows"], rows, strict=True)]
+        mean = statistics.fmean(differences)
+        if mean <= 1e-9:
+            continue
+        noise = statistics.stdev(differences) / len(differences) ** 0.5
+        if mean > 2 * noise:
+            return f"{name} is better"
+        told = f"tie with {name}"
+    return told
+
+
+def speed_page(found: dict[str, Any]) -> str:
+    rows = [
+        (row["model"], f"{row['context']:,}", f"{1e3 * row['measured']:.2f}", f"{1e3 * row['predicted']:.2f}",
+         f"{row['predicted'] / row['measured']:.2f}")
+        for row in found["decoding"]
+    ]  # fmt: skip
+    table = Figure("Milliseconds a decoded token on this CPU, one thread", ("model", "context", "measured", "predicted",
+                   "ratio"), rows, words=("model",))  # fmt: skip
+    plan = found["planning"]
+    return f"""## Decode time, and the time to plan
+
+{table.markdown()}
+
+The target `cpu` was timed just before. A model of {plan["layers"]} layers, {plan["heads"]} kv heads and
+{plan["candidates"]} candidates is planned from scores in {plan["frontiers"]:.2f} s for what its layers can be, and
+{plan["ten budgets"]:.2f} s for ten budgets."""
+
+
+def figure(value: float) -> str:
+    return "0" if value < 5e-7 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation."""
+    def ranks(values: Sequence[float]) -> list[int]:
+        order = sorted(range(len(values)), key=lambda at: values[at])
+        found = [0] * len(values)
+        for rank, at in enumerate(order):
+            found[at] = rank
+        return found
+
+    count = len(one)
+    squares = sum((a - b) ** 2 for a, b in zip(ranks(one), ranks(other), strict=True))
+    return 1 - 6 * squares / (count * (count**2 - 1))
+
+
+HEAD = """# The planner, measured
+
+Written by `python benchmarks/bench_planner.py` (torch {torch}, one thread). [Planning](planning.md) says what it does.
+
+At every budget, a share of what the source carries at {context} tokens of context: the plan, one mixer in every layer
+as large as the budget allows (windows, slots, LoLCATs, moments, latent attention), LLM-Drop with as few attentions
+deleted as the budget needs, and the built-in recipes at their own bytes. Mixers that learn are prepared without
+gradients in all of them. Losses are measured on rows shorter than the context, with slots, caches of evicting mixers
+and windows above 128 keys at the same number per token as at {context}; rows that plans were not chosen on."""

@@ -34,11 +34,11 @@ from linearize.planner.candidates import candidate
 from linearize.planner.choices import entry_of
 from linearize.planner.costs import state_bytes
 from linearize.planner.make import make_planner
-from linearize.planner.pareto import bytes_of_entries, recipe_entries
+from linearize.planner.pareto import bytes_of_entries, recipe_entries, scored_entries, site_recipes
 from linearize.planner.planning import Budget, Planner, measured_rows
 from linearize.planner.target import H200
 from linearize.progress import Progress
-from linearize.recipe import Recipe, Score, recipes
+from linearize.recipe import Recipe, Score
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES, BUILD = ROOT / "docs" / "planner_figures.json", ROOT / "build" / "bench_planner"
@@ -60,16 +60,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*MODELS, "speed"], help="these, though they may be in the table")
+    parser.add_argument("--recipes", nargs="+", choices=MODELS, help="measure the recipes of these models again")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"models": {}}
-    for name in () if arguments.table else arguments.only or [*MODELS, "speed"]:
+    for name in () if arguments.table or arguments.recipes else arguments.only or [*MODELS, "speed"]:
         if arguments.only or name not in {**known["models"], **known}:
             figures = speed_figures() if name == "speed" else figures_of(name)
             (known if name == "speed" else known["models"])[name] = figures
             known |= {"context": CONTEXT, "torch": torch.__version__}
             FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+    for name in arguments.recipes or ():
+        known["models"][name]["recipes"] = bench_of(name).recipes()
+        FIGURES.write_text(json.dumps(known, indent=1) + "\n")
     write_page(known, ROOT / "docs")
 
 
@@ -77,20 +81,24 @@ def speed_figures() -> dict[str, Any]:
     return {"decoding": speeds(model("demo", BUILD)), "planning": planning_seconds()}
 
 
-def figures_of(name: str) -> dict[str, Any]:
-    started = time.perf_counter()
+def bench_of(name: str) -> Bench:
     source, length = model(name, BUILD), MODELS[name]
     rows = rows_for(name, length, 12)
     data, test = rows[:8], rows[8 : 8 + TEST_ROWS]
     planner = make_planner(linearize.capture(source), CONTEXT, H200, data=data, tokens=4 * length, progress=True)
     planner.held = planner.held[:HELD_ROWS]
-    scored = time.perf_counter() - started
+    return Bench(planner, test)
+
+
+def figures_of(name: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    bench = bench_of(name)
+    planner, scored = bench.planner, time.perf_counter() - started
     print(f"{name}: scored", flush=True)
-    bench = Bench(planner, test)
     found: dict[str, Any] = {
-        "length": length, "source_bytes": planner.source_bytes, "sites": len(planner.teacher.matched),
+        "length": MODELS[name], "source_bytes": planner.source_bytes, "sites": len(planner.teacher.matched),
         "shape": str(planner.teacher.matched[0].attention), "seconds_scoring": scored,
-        "test_tokens": sum(row.numel() for row in test),
+        "test_tokens": sum(row.numel() for row in bench.test),
     }  # fmt: skip
     found["budgets"] = bench.budgets()
     print(f"{name}: budgets", flush=True)
@@ -181,9 +189,9 @@ class Bench:
         return None
 
     def recipes(self) -> dict[str, Any]:
-        """Every built-in recipe at its own bytes, as it is, its mixers prepared and not further fitted."""
-        plans = {name: recipe_entries(self.planner, Recipe.load(name)) for name in recipes()}
-        rows = self.measure(list(plans.values()))
+        """Every built-in recipe at its own bytes, its mixers prepared and not further fitted."""
+        plans = {name: recipe_entries(self.planner, Recipe.load(name)) for name in site_recipes()}
+        rows = self.measure([scored_entries(self.planner, entries) for entries in plans.values()])
         return {
             name: {"bytes": bytes_of_entries(self.planner, entries), "rows": row, "loss": statistics.fmean(row)}
             for (name, entries), row in zip(plans.items(), rows, strict=True)

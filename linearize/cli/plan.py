@@ -38,6 +38,9 @@ def plan_model(
     use: Annotated[
         list[str] | None, typer.Option(metavar="MIXER", help="Choose among these mixers and keep only.")
     ] = None,
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="MIXER{...}", help="A further candidate: citrus{keep=256}. Repeatable.")
+    ] = None,
     heads: Annotated[bool, typer.Option(help="Let the kv heads of a layer differ.")] = True,
     data: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to score on, as for compile.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to score on, and as many to measure plans on.")] = 4096,
@@ -55,7 +58,7 @@ def plan_model(
     Scores are measured on the model once and remembered; another budget takes seconds. The plan is JSON to edit and to
     compile: linearize compile MODEL -o DIR --plan FILE.
     """
-    from linearize.planner.budgets import parse_budget, parse_context, parse_pin
+    from linearize.planner.budgets import parse_budget, parse_context, parse_mixer, parse_pin
     from linearize.planner.make import Wishes, make_planner
     from linearize.planner.target import load_target
 
@@ -63,7 +66,8 @@ def plan_model(
         raise LinearizeError(f"--pareto draws .svg or .html, not {pareto.name}")
     wanted = parse_context(context)
     parse_budget(budget, 1)
-    wishes = Wishes(dict(parse_pin(text) for text in pin or []), tuple(never or ()), tuple(use or ()), heads)
+    extra = tuple(parse_mixer(text) for text in add or ())
+    wishes = Wishes(dict(parse_pin(text) for text in pin or ()), tuple(never or ()), tuple(use or ()), extra, heads)
     check_names(wishes)
     machine = load_target(target)
     source = load_source(model)
@@ -93,7 +97,7 @@ def check_names(wishes: Wishes) -> None:
     """Raises RecipeError where a mixer is named that there is none of."""
     from linearize.mixers import mixer_class
 
-    for name in (*wishes.never, *wishes.mixers, *(mixer for mixer, _ in wishes.pins.values())):
+    for name in (*wishes.never, *wishes.mixers, *(mixer for mixer, _ in (*wishes.pins.values(), *wishes.extra))):
         mixer_class(name)
 
 
@@ -113,7 +117,7 @@ def read_rows_of(data: list[str] | None, name: str, model: nn.Module, length: in
     from linearize.plan import Fit
 
     fit = Fit(tokens=tokens, length=length, batch=1)
-    return read_calibration([parse_source(text) for text in data], name, model, fit, tokens)
+    return read_calibration([parse_source(text) for text in data], name, context_limit(model), fit, tokens)
 
 
 def source_seconds(source: nn.Module, planner: Planner) -> float | None:

@@ -12,6 +12,7 @@ from linearize.planner.planning import Budget
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _NUMBER = re.compile(r"^\s*(?P<value>\d+(\.\d+)?)\s*(?P<unit>[a-zA-Z%]*)\s*$")
+_MIXER = re.compile(r"^\s*(?P<mixer>[^{}\s]+?)\s*(\{(?P<options>.*)\})?\s*$")
 _PIN = re.compile(r"^\s*(?P<site>\d+)\s*=\s*(?P<mixer>[^{}\s]+)\s*(\{(?P<options>.*)\})?\s*$")
 
 
@@ -53,10 +54,22 @@ def parse_pin(text: str) -> tuple[int, tuple[str, dict[str, Any]]]:
         RecipeError: it is none.
     """
     match = _PIN.match(text)
+    if match is not None:
+        return int(match["site"]), parse_mixer(f"{match['mixer']}{{{match['options'] or ''}}}")
+    raise RecipeError(f"cannot read the pin {text!r}; write site=mixer, such as 0=keep or 3=slots{{slots=256}}")
+
+
+def parse_mixer(text: str) -> tuple[str, dict[str, Any]]:
+    """`keep` or `slots{slots=256,window=32}`.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    match = _MIXER.match(text)
     try:
         options = tomllib.loads("x = {" + (match["options"] or "") + "}")["x"] if match else {}
     except tomllib.TOMLDecodeError:
         match = None
     if match is None:
-        raise RecipeError(f"cannot read the pin {text!r}; write site=mixer, such as 0=keep or 3=slots{{slots=256}}")
-    return int(match["site"]), (match["mixer"], options)
+        raise RecipeError(f"cannot read the mixer {text!r}; write mixer{{option=value}}, such as slots{{slots=256}}")
+    return match["mixer"], options

@@ -19,7 +19,9 @@ LOCAL = 128
 SHARES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 WINDOW_SHARES = (1 / 8, 1 / 2)
 LATENT_SHARES = (0.25, 0.5)
-SIZES = {"slots": ("slots",), "window": ("window",)}  # mixer: the options that grow with the context
+SIZES = {  # mixer: the options that grow with the context
+    "slots": ("slots",), "window": ("window",), "citrus": ("keep",), "q_filters": ("keep",),
+}  # fmt: skip
 SLOTS: dict[str, Any] = {"window": 32, "rounds": 4, "decay": 0.97}
 WHOLE = ("mla", "mixture")  # their heads share a state, or they are made of heads already
 
@@ -66,6 +68,17 @@ def candidate(mixer: str, options: dict[str, Any], context: int, length: int) ->
         if length < context and (name != "window" or value > LOCAL):
             scored[name] = max(1, round(value * length / context))
     return Candidate(mixer, tuple(sorted(options.items())), tuple(sorted(scored.items())))
+
+
+def scored_options(mixer: str, options: dict[str, Any], context: int, length: int) -> dict[str, Any]:
+    """The options to measure any mixer with on rows of `length` tokens, those of the parts of a mixture included."""
+    if mixer != "mixture":
+        return dict(candidate(mixer, options, context, length).scored)
+    parts = [
+        {**part, "options": scored_options(part["mixer"], part.get("options", {}), context, length)}
+        for part in options["parts"]
+    ]
+    return {"parts": parts}
 
 
 def default_candidates(context: int, length: int, head_dim: int = 64) -> list[Candidate]:

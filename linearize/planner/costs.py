@@ -82,15 +82,15 @@ def on_meta(spec: AttentionSpec, mixer: str, options: str) -> Mixer:
 
 def count(mixer: Mixer, batch: int, length: int, context: int) -> list[Call]:
     """The operators of a call with `length` new tokens."""
-    given = inputs(mixer, batch, length)
+    given = inputs(mixer, batch, length, context)
     states = [_state(tensor, batch, context) for tensor in mixer.state()]
     with torch.no_grad(), Counting() as counting:
         mixer(*given, *states)
     return counting.calls
 
 
-def inputs(mixer: Mixer, batch: int, length: int) -> list[Tensor]:
-    """What forward takes before the state, without values."""
+def inputs(mixer: Mixer, batch: int, length: int, context: int = 0) -> list[Tensor]:
+    """What forward takes before the state, without values; a cache of another site is as long as all tokens so far."""
     spec, dtype = mixer.spec, mixer.dtype
     query, key = (batch, spec.heads, length, spec.head_dim), (batch, spec.kv_heads, length, spec.head_dim)
     shapes = {
@@ -98,6 +98,10 @@ def inputs(mixer: Mixer, batch: int, length: int) -> list[Tensor]:
         "sinks": (spec.heads,),
     }  # fmt: skip
     value = (batch, spec.kv_heads, length, spec.value_dim)
+    for need in mixer.needs:
+        if "@" in need:  # key@3: the cache of site 3
+            width = spec.head_dim if need.startswith("key") else spec.value_dim
+            shapes[need] = (batch, spec.kv_heads, context + length, width)
     tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in (query, key, value)]
     tensors += [torch.empty(shapes[need], dtype=dtype, device="meta") for need in mixer.needs]
     mask = torch.empty(batch, length, dtype=torch.bool, device="meta")

@@ -33,7 +33,7 @@ VERSION = 4
 COPIES = 16  # at most: of one tensor, taken in turn
 FLOATS = (2**8, 2**14, 2**18, 2**20, 2**22)  # of a weight or a cache, at which operators are timed
 SPEC = AttentionSpec(6, 2, 32, 32, hidden_dim=192, scale=0.17, mask=MaskSpec("causal"))
-STEPS = {  # operators of ours, and mixers of several sizes that run them
+STEPS: dict[str, list[tuple[str, dict[str, Any]]]] = {  # operators of ours, and mixers of several sizes that run them
     "slots_chunk": [("slots", {"slots": size, "window": 32, "decay": 0.97}) for size in (16, 128, 1024, 4096)],
     "hybrid_ring": [("lolcats", {"window": window, "features": 64}) for window in (16, 64, 512, 4096)],
 }

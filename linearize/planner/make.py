@@ -30,11 +30,12 @@ LONGEST = 1024  # of a row that scores are measured on, unless the data has long
 @dataclass(frozen=True)
 class Wishes:
     """What the user wants of a plan beside its budget. `pins`: by site, a mixer with options; `never`: mixers that no
-    site becomes; `mixers`: those that may be used at all, () for all."""
+    site becomes; `mixers`: those that may be used at all, () for all; `extra`: further candidates, with options."""
 
     pins: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ()
+    extra: tuple[tuple[str, dict[str, Any]], ...] = ()
     by_head: bool = True
 
 
@@ -116,6 +117,7 @@ def site_candidates(site: Site, context: int, length: int, wishes: Wishes) -> li
     if wishes.mixers:
         found = only(found, wishes.mixers)
     found = [one for one in found if one.mixer not in wishes.never]
+    found += [candidate(*one, context, length) for one in wishes.extra]
     found = [one for one in found if one.refusal(site) is None]
     if not found:
         raise RecipeError(f"site {site.index} ({site.module}): every candidate is refused or ruled out")

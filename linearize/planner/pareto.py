@@ -10,6 +10,7 @@ from linearize.calibration.keys import tokens_key
 from linearize.calibration.scores import site_scores
 from linearize.errors import RecipeError
 from linearize.plan import PlanEntry
+from linearize.planner.candidates import scored_options
 from linearize.planner.costs import state_bytes
 from linearize.planner.planning import Budget, Planner, measured
 from linearize.progress import Progress
@@ -48,12 +49,18 @@ def curve(planner: Planner, shares: Sequence[float] = SHARES, measurements: int 
 
 def recipe_marks(planner: Planner, names: Iterable[str] | None = None) -> list[Mark]:
     """Named recipes at their own bytes, their mixers prepared without gradients and no further fitted."""
-    plans = {name: recipe_entries(planner, Recipe.load(name)) for name in (recipes() if names is None else names)}
-    losses = measured(planner.teacher, planner.train, planner.held, list(plans.values()))
+    plans = {name: recipe_entries(planner, Recipe.load(name)) for name in (site_recipes() if names is None else names)}
+    scored = [scored_entries(planner, entries) for entries in plans.values()]
+    losses = measured(planner.teacher, planner.train, planner.held, scored)
     return [
         Mark(name, bytes_of_entries(planner, entries), loss)
         for (name, entries), loss in zip(plans.items(), losses, strict=True)
     ]
+
+
+def site_recipes() -> list[str]:
+    """The built-in recipes that decide site by site, without searches over the whole model."""
+    return [name for name in recipes() if not Recipe.load(name).searches]
 
 
 def recipe_entries(planner: Planner, recipe: Recipe) -> list[PlanEntry]:
@@ -76,6 +83,17 @@ def recipe_entries(planner: Planner, recipe: Recipe) -> list[PlanEntry]:
 def _scores(planner: Planner, wanted: Sequence[Score]) -> dict[str, dict[int, float]]:
     rows = list(planner.train)
     return site_scores(planner.teacher, lambda: rows, tokens_key(rows), wanted, Progress(False))
+
+
+def scored_entries(planner: Planner, entries: Sequence[PlanEntry]) -> list[PlanEntry]:
+    """As they are measured on the planner's rows, where those are shorter than its context."""
+    length = min(planner.train[0].shape[1], planner.context)
+    return [
+        entry.model_copy(
+            update={"options": scored_options(entry.mixer, entry.options, planner.context, length)}
+        )
+        for entry in entries
+    ]
 
 
 def bytes_of_entries(planner: Planner, entries: Sequence[PlanEntry]) -> int:

@@ -140,7 +140,7 @@ class Planner:
             unit = "seconds a token" if budget.seconds else "bytes"
             raise RecipeError(
                 f"no plan fits {budget.text or budget.limit}: the cheapest takes {least:,.6g} {unit}; "
-                "raise the budget or allow more candidates"
+                "raise the budget, pin less or allow more candidates"
             )
         return {site.index: item[at].choice for site, item, at in zip(sites, items, chosen, strict=True)}
 
@@ -150,7 +150,7 @@ class Planner:
         sites = self.teacher.matched
         items = {site.index: self.frontier(site, budget.seconds) for site in sites}
         place = {index: _place(items[index], start[index]) for index in items}
-        found = [dict(start)]
+        found: list[Assignment] = [start]
         for up in items:
             for steps in range(1, 4):
                 risen = place[up] + steps

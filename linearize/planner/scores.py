@@ -82,7 +82,7 @@ def planner_scores(
         RecipeError: the model has no weights.
     """
     if teacher.device.type == "meta":
-        raise RecipeError("a plan needs scores, and scores need weights: this model has none")
+        raise RecipeError("a plan needs scores, and scores need weights in memory: this model has none there")
     model = model_key(teacher)
     files = {
         site.index: cache_folder("planner") / f"{hash_of(model, data_key, f'site {site.index} seed {seed}')}.json"

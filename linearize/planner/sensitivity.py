@@ -11,6 +11,8 @@ over the positions of one head alone says how much of a loss is that head's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -47,7 +49,7 @@ def gradients(stream: TeacherStream, site: Site, batch: int, samples: int, seed:
 
 
 def _run(
-    program: Program, behind: list[fx.Node], core: fx.Node, output: fx.Node, values: dict[fx.Node, object]
+    program: Program, behind: list[fx.Node], core: fx.Node, output: fx.Node, values: dict[fx.Node, Any]
 ) -> Tensor:
     """The logits, with gradients by the value of `core`."""
     for node in behind:
@@ -57,9 +59,9 @@ def _run(
             if arg.op == "get_attr" and arg not in values:
                 values[arg] = attribute(program.module, str(arg.target)).detach()
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: values[arg])
-        called = attribute(program.module, str(node.target)) if node.op == "call_module" else node.target
+        called: Any = attribute(program.module, str(node.target)) if node.op == "call_module" else node.target
         values[node] = called(*args, **kwargs)
-    return values[output]  # type: ignore[return-value]
+    return values[output]  # type: ignore[no-any-return]
 
 
 def quadratic(gradient: Tensor, error: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:

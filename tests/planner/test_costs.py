@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slots": {"slots": 6, "window": 4},
     "window": {"window": 5, "sinks": 2},
     "mla": {"cache": 0.4},
+    "share": {"of": 0},
 }
 ROPE = RopeSpec(8, "half")
 SHAPES = {  # as the zoo has them: heads, kv heads, head dim, value dim
