@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linearize.cli._mixers import Mixers
-from linearize.cli._models import MODEL_HELP, context_limit, load_source
+from linearize.cli._models import MODEL_HELP, config_of, context_limit, load_source
 from linearize.cli._shell import out, say
 from linearize.errors import DataError, LinearizeError, RecipeError
 
@@ -117,7 +117,7 @@ def read_rows_of(data: list[str] | None, name: str, model: nn.Module, length: in
     from linearize.plan import Fit
 
     fit = Fit(tokens=tokens, length=length, batch=1)
-    return read_calibration([parse_source(text) for text in data], name, context_limit(model), fit, tokens)
+    return read_calibration([parse_source(text) for text in data], name, config_of(model), fit, tokens)
 
 
 def source_seconds(source: nn.Module, planner: Planner) -> float | None:
