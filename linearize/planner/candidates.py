@@ -23,7 +23,7 @@ SIZES = {  # mixer: the options that grow with the context
     "slots": ("slots",), "window": ("window",), "citrus": ("keep",), "q_filters": ("keep",),
 }  # fmt: skip
 SLOTS: dict[str, Any] = {"window": 32, "rounds": 4, "decay": 0.97}
-WHOLE = ("mla", "mixture")  # their heads share a state, or they are made of heads already
+WHOLE = ("mla", "mixture", "moa", "share")  # their heads share a state, or they are made of heads already
 
 
 @dataclass(frozen=True)

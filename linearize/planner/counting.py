@@ -176,6 +176,15 @@ def _slots(args: Any, kwargs: Any) -> int:
     return int(q.shape[0] * q.shape[1] * (read + merge))
 
 
+def _evict(args: Any, kwargs: Any) -> int:
+    """Attention to 2 w + C keys, and once every w tokens the scores of C + w items compared with each other."""
+    q, k, v = args[:3]
+    kept, window = args[7].shape[2], kwargs["window"]
+    read = 2 * q.shape[2] * (2 * window + kept) * (q.shape[3] + v.shape[3])
+    compare = k.shape[2] * (kept + window) * (kept + window + k.shape[3]) / window
+    return int(q.shape[0] * q.shape[1] * (read + compare))
+
+
 def _short_conv(args: Any, kwargs: Any) -> int:
     return int(2 * args[0].numel() * args[2].shape[-1])
 
@@ -188,5 +197,6 @@ FORMULAS: dict[str, Callable[[Any, Any], int]] = {
     "hybrid_chunk": _hybrid,
     "hybrid_ring": _hybrid_ring,
     "slots_chunk": _slots,
+    "evict_chunk": _evict,
     "short_conv": _short_conv,
 }

@@ -135,3 +135,11 @@ def test_the_count_is_that_of_a_real_step() -> None:
         found, expected = ([call for call in calls if call.name == name] for calls in (planned, real.calls))
         assert sorted(call.operations for call in found) == sorted(call.operations for call in expected)
         assert found
+
+
+def test_eviction_costs_what_it_reads_and_a_comparison_once_a_block() -> None:
+    """By hand: 4 heads read 2 x 4 + 6 keys and values of 8, and every 4 tokens 2 heads score and compare 10 tokens."""
+    for mixer in ("q_filters", "citrus"):
+        calls = site_cost(SPEC, mixer, {"keep": 6, "window": 4}, 64).calls
+        (call,) = (call for call in calls if call.name == "evict_chunk")
+        assert call.operations == 2 * 4 * (2 * 4 + 6) * (8 + 8) + 2 * 10 * (10 + 8) // 4
