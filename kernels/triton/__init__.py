@@ -78,7 +78,7 @@ def check_hybrid_step(
 
 def check_several(q: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
     """The rows of a state fit in a program's registers."""
-    return "T is 1: a step in PyTorch is faster" if q.shape[1] == 1 else check_line(q, *rest)
+    return "T is 1" if q.shape[1] == 1 else check_line(q, *rest)
 
 
 def check_cache(q: torch.Tensor, cache: torch.Tensor, *rest: Any, **keywords: Any) -> str | None:
@@ -115,6 +115,10 @@ def _register(op: str, priority: int, check: Check, module: str, function: str) 
 GLA = _register("gla_chunk", 30, check_tokens, "gla", "gla_chunk")
 GLA_ONE = _register("gla_chunk", 40, check_one, "steps", "gla_one")
 GLA_STEP = _register("gla_step", 30, check_step, "steps", "gla_step")
+GLA_VEC_ONE = _register("gla_vec_chunk", 40, check_one, "steps", "gla_vec_one")
+GLA_VEC_STEP = _register("gla_vec_step", 30, check_step, "steps", "gla_vec_step")
+DELTA_ONE = _register("delta_chunk", 40, check_one, "delta_step", "delta_one")
+DELTA_STEP = _register("delta_step", 30, check_step, "delta_step", "delta_step")
 HYBRID = _register("hybrid_chunk", 30, check_line, "hybrid", "hybrid_chunk")
 HYBRID_STEP = _register("hybrid_step", 30, check_hybrid_step, "hybrid_step", "hybrid_step")
 MLA_DECODE = _register("mla_decode", 30, check_cache, "mla", "mla_decode")

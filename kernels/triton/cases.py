@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from linearize.kernels.triton import delta, gla, gla_backward, gla_vec, hybrid, hybrid_step, mla, slots, steps
+from linearize.kernels.triton import delta, delta_step, gla, gla_backward, gla_vec, hybrid, hybrid_step, mla, slots, steps
 
 Case = Callable[[torch.device], Any]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -44,6 +44,18 @@ def _gla_step(dtype: torch.dtype, dim: int) -> Case:
         g, s = torch.empty(8, 1, 2, device=device), torch.empty(16, 2, dim, dim, device=device)
         index = torch.empty(8, dtype=torch.int64, device=device)
         return steps.gla_step(q, k, v, g, s, index, scale=0.1)
+
+    return call
+
+
+def _vec_and_delta_step(dtype: torch.dtype, dim: int, name: str) -> Case:
+    def call(device: torch.device) -> Any:
+        q, k, v = (torch.empty(8, 1, heads, dim, dtype=dtype, device=device) for heads in (8, 2, 2))
+        g, s = torch.empty(8, 1, 2, dim, device=device), torch.empty(16, 2, dim, dim, device=device)
+        index = torch.empty(8, dtype=torch.int64, device=device)
+        if name == "gla_vec":
+            return steps.gla_vec_step(q, k, v, g, s, index, scale=0.1)
+        return delta_step.delta_step(q, k, v, g[..., 0], g[..., 1], s, index, scale=0.1, l2norm=True)
 
     return call
 
@@ -130,6 +142,9 @@ CASES: dict[str, Case] = {
     "hybrid fp32 d64": _hybrid(FP32, 64),
     "hybrid bf16 d256": _hybrid(BF16, 256),
     "gla_step bf16 d128": _gla_step(BF16, 128),
+    "gla_vec_step bf16 d128": _vec_and_delta_step(BF16, 128, "gla_vec"),
+    "delta_step bf16 d128": _vec_and_delta_step(BF16, 128, "delta"),
+    "delta_step fp32 d64": _vec_and_delta_step(FP32, 64, "delta"),
     "hybrid_step bf16 d64": _hybrid_step(BF16, 64),
     "hybrid_step bf16 d128": _hybrid_step(BF16, 128),
     "hybrid_step fp32 d64": _hybrid_step(FP32, 64),

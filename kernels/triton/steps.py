@@ -1,4 +1,5 @@
-"""`gla_step` and the one-token case of `gla_chunk` on a GPU: one launch a layer, the states read and written once.
+"""`gla_step`, `gla_vec_step` and the one-token cases of `gla_chunk` and `gla_vec_chunk` on a GPU: one launch a layer, the
+states read and written once.
 
 Letters and shapes as in `linearize.ops.steps`. A program holds [K,BV] of one state and serves the query heads that
 share it. Which state a row has is read on the device, so that the launch can stand in a CUDA graph.
@@ -6,6 +7,7 @@ share it. Which state a row has is read on the device, so that the launch can st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -17,7 +19,8 @@ from linearize.kernels.triton._config import Config, accumulator, architecture, 
 from linearize.kernels.triton.gla import LOG2_E
 from linearize.ops._library import accumulation_dtype
 from linearize.ops.gla import check_gla, state_head_count
-from linearize.ops.steps import check_gla_step
+from linearize.ops.gla_vec import check_gla_vec
+from linearize.ops.steps import check_gla_step, check_gla_vec_step
 
 
 @triton.jit
@@ -25,8 +28,8 @@ def gla_step_kernel(
     q, k, v, g, before, after, index, o,
     scale, H, HS, N, SHARED,
     q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h,
-    K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, HAS_S: tl.constexpr, HAS_INDEX: tl.constexpr,
-    ACC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, BY_CHANNEL: tl.constexpr, HAS_S: tl.constexpr,
+    HAS_INDEX: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One block [K,BV] of one state; `before` and `after` may be the same memory."""
     b, head = tl.program_id(1) // HS, tl.program_id(1) % HS
@@ -42,7 +45,10 @@ def gla_step_kernel(
     state = k_K[:, None] * v_V[None, :]
     if HAS_S:
         held = tl.load(before + place, mask=kept, other=0.0).to(ACC)
-        if HAS_G:
+        if BY_CHANNEL:
+            gates = tl.load(g + batch * g_b + head * g_h + rows, mask=inside, other=0.0).to(ACC)
+            held *= tl.exp2(gates * LOG2_E)[:, None]
+        elif HAS_G:
             held *= tl.exp2(tl.load(g + batch * g_b + head * g_h).to(ACC) * LOG2_E)
         state += held
     tl.store(after + place, state, mask=kept)
@@ -58,10 +64,23 @@ def gla_step(
 ) -> Tensor:
     """See `linearize.ops.steps`; s is updated in place."""
     check_gla_step(q, k, v, g, s, index)
+    return in_place(lambda pool: _step(q, k, v, g, pool, pool, index, scale), s)
+
+
+def gla_vec_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor, index: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """See `linearize.ops.steps`; s is updated in place."""
+    check_gla_vec_step(q, k, v, g, s, index)
+    return in_place(lambda pool: _step(q, k, v, g, pool, pool, index, scale), s)
+
+
+def in_place(step: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
+    """`step` of the pool s, which it updates; kernels take it contiguous."""
     if s.is_contiguous():
-        return _step(q, k, v, g, s, s, index, scale)
+        return step(s)
     copy = s.contiguous()
-    o = _step(q, k, v, g, copy, copy, index, scale)
+    o = step(copy)
     s.copy_(copy)
     return o
 
@@ -83,6 +102,15 @@ def gla_one(
     return _step(q, k, v, g, None if s0 is None else s0.contiguous(), s, None, scale), s
 
 
+def gla_vec_one(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None = None, *, scale: float = 1.0, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """`gla_vec_chunk` for T = 1: the new state is a new tensor."""
+    check_gla_vec(q, k, v, g, s0)
+    s = q.new_empty(q.shape[0], g.shape[2], k.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
+    return _step(q, k, v, g, None if s0 is None else s0.contiguous(), s, None, scale), s
+
+
 def _step(
     q: Tensor,
     k: Tensor,
@@ -94,16 +122,18 @@ def _step(
     scale: float,
 ) -> Tensor:
     q, k, v = (_launch.inner_contiguous(x) for x in (q, k, v))
+    by_channel = g is not None and g.ndim == 4
+    g = _launch.inner_contiguous(g) if g is not None and by_channel else g
     (batch, _, heads, key_dim), value_dim, states = q.shape, v.shape[3], after.shape[1]
     o = q.new_empty(batch, 1, heads, value_dim)
     args = (
         q, k, v, q if g is None else g, after if before is None else before, after, q if index is None else index, o,
         scale, heads, states, states // k.shape[2], heads // states,
-        *_row_strides(q), *_row_strides(k), *_row_strides(v), *(_row_strides(g) if g is not None else (0, 0)),
+        *row_strides(q), *row_strides(k), *row_strides(v), *row_strides(g),
     )  # fmt: skip
     constants: dict[str, Any] = {
-        "K": key_dim, "V": value_dim, "HAS_G": g is not None, "HAS_S": before is not None,
-        "HAS_INDEX": index is not None, "ACC": accumulator(q), "BK": block(key_dim, 1024),
+        "K": key_dim, "V": value_dim, "HAS_G": g is not None, "BY_CHANNEL": by_channel,
+        "HAS_S": before is not None, "HAS_INDEX": index is not None, "ACC": accumulator(q), "BK": block(key_dim, 1024),
     }  # fmt: skip
 
     def grid(config: Config) -> tuple[int, ...]:
@@ -113,8 +143,8 @@ def _step(
     return o
 
 
-def _row_strides(x: Tensor) -> tuple[int, int]:
-    return x.stride(0), x.stride(2)
+def row_strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(2))
 
 
 def step_configs(arch: int, key_dim: int, states: int) -> tuple[Config, ...]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from linearize.kernels.triton import hybrid_step, steps
+from linearize.kernels.triton import delta_step, hybrid_step, steps
+from linearize.ops.delta import delta_recurrence
 from linearize.ops.gla import gla_chunk_recurrence
+from linearize.ops.gla_vec import gla_vec_recurrence
 from linearize.ops.hybrid_step import hybrid_step_recurrence
 from tests.kernels.triton.checking import BOUND, assert_equals_truth, doubled, error, interpreted
 from tests.ops.helpers import GATES, draw_tokens
@@ -17,17 +22,38 @@ from tests.ops.test_hybrid_step import Sequence, sequences
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
+@dataclass(frozen=True)
+class Family:
+    """A step, its one-token case with a new state, and the token loop that both equal."""
+
+    step: Callable
+    one: Callable
+    truth: Callable
+    keywords: dict
+
+
+FAMILIES = {
+    "gla": Family(steps.gla_step, steps.gla_one, gla_chunk_recurrence, {"scale": 0.3}),
+    "gla_vec": Family(steps.gla_vec_step, steps.gla_vec_one, gla_vec_recurrence, {"scale": 0.3}),
+    "delta": Family(delta_step.delta_step, delta_step.delta_one, delta_recurrence, {"scale": 0.3, "l2norm": True}),
+}
+
+
 @st.composite
 def calls(draw):
-    kind = draw(st.sampled_from(["none", *GATES]))
-    x = draw_tokens(draw, longest=1, dims=((8, 8), (33, 5), (100, 64)), shared=kind == "none")
-    return (x.q, x.k, x.v, x.gates(kind)), x.state()
+    """(family, tokens, states): one token of each row."""
+    name = draw(st.sampled_from(list(FAMILIES)))
+    kind = draw(st.sampled_from(GATES if name == "gla_vec" else ["none", *GATES]))
+    x = draw_tokens(draw, longest=1, dims=((8, 8), (33, 5), (100, 64)), shared=kind == "none" and name == "gla")
+    gates = x.gates(kind, by_channel=name == "gla_vec")
+    more = (2 * x.uniform(*x.by_state), gates) if name == "delta" else (gates,)
+    return FAMILIES[name], (x.q, x.k, x.v, *more), x.state()
 
 
-@settings(max_examples=12, **SLOW)
+@settings(max_examples=20, **SLOW)
 @given(calls(), st.booleans())
-def test_gla_step_updates_the_rows_of_the_pool_that_the_index_names(call, pooled):
-    tokens, state = call
+def test_a_step_updates_the_rows_of_the_pool_that_the_index_names(call, pooled):
+    family, tokens, state = call
     index = torch.tensor([3, 1])[: state.shape[0]] if pooled else None
     pool = state.clone() if index is None else torch.full((5, *state.shape[1:]), 7.0, dtype=state.dtype)
     if index is not None:
@@ -35,24 +61,50 @@ def test_gla_step_updates_the_rows_of_the_pool_that_the_index_names(call, pooled
 
     def run():
         s = pool.clone()
-        return steps.gla_step(*tokens, s, index, scale=0.3), s
+        return family.step(*tokens, s, index, **family.keywords), s
 
     o, s = interpreted(run, orders=(0,))
-    expected = gla_chunk_recurrence(*doubled((*tokens, state)), scale=0.3)
+    expected = family.truth(*doubled((*tokens, state)), **family.keywords)
     assert_equals_truth((o, s if index is None else s[index]), expected, state.dtype)
     others = [] if index is None else [row for row in range(5) if row not in index.tolist()]
     assert bool((s[others] == 7.0).all())
 
 
-@settings(max_examples=6, **SLOW)
+@settings(max_examples=12, **SLOW)
 @given(calls(), st.booleans())
-def test_one_token_of_gla_chunk_makes_a_new_state(call, start):
-    tokens, state = call
+def test_one_token_of_a_chunked_operator_makes_a_new_state(call, start):
+    family, tokens, state = call
     s0 = state if start else None
     before = state.clone()
-    found = interpreted(lambda: steps.gla_one(*tokens, s0, scale=0.3), orders=(0,))
-    assert_equals_truth(found, gla_chunk_recurrence(*doubled((*tokens, s0)), scale=0.3), state.dtype)
+    found = interpreted(lambda: family.one(*tokens, s0, **family.keywords), orders=(0,))
+    assert_equals_truth(found, family.truth(*doubled((*tokens, s0)), **family.keywords), state.dtype)
     assert torch.equal(state, before)
+
+
+def drawn(family, dtype):
+    """One token of three rows with 4 query heads over 2 states, and these states; a view for a pool."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = (normal(3, 1, heads, dim).to(dtype) for heads, dim in ((4, 24), (2, 24), (2, 40)))
+    g = -normal(3, 1, 2, 24).abs().float()
+    more = {"gla": (g[..., 0],), "gla_vec": (g,), "delta": (normal(3, 1, 2).sigmoid().float(), g[..., 0])}
+    return (q, k, v, *more[family]), normal(3, 2, 40, 24).float().mT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_order_of_the_programs_does_not_show_in_states_and_a_pool_may_be_a_view(name):
+    family, (tokens, pool) = FAMILIES[name], drawn(name, torch.float32)
+
+    def run():
+        s = pool.clone(memory_format=torch.preserve_format)
+        assert not s.is_contiguous()
+        return family.step(*tokens, s, None, **family.keywords), s
+
+    found = interpreted(run)
+    assert_equals_truth(found, family.truth(*doubled((*tokens, pool)), **family.keywords), torch.float32)
 
 
 def stepped(form, sequence, ticks):
