@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from linearize.kernels.triton import delta, delta_step, gla, gla_backward, gla_vec, hybrid, hybrid_step, mla, slots, steps
+from linearize.kernels.triton import delta, delta_backward, delta_step, gla, gla_backward, gla_vec, hybrid, hybrid_step, mla, slots, steps
 
 Case = Callable[[torch.device], Any]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -115,6 +115,16 @@ def _delta(dtype: torch.dtype, dim: int) -> Case:
     return call
 
 
+def _delta_backward(dtype: torch.dtype, dim: int) -> Case:
+    def call(device: torch.device) -> Any:
+        q, k, v = (torch.empty(2, 512, heads, dim, dtype=dtype, device=device) for heads in (4, 2, 2))
+        beta, g = (torch.empty(2, 512, 2, device=device) for _ in range(2))
+        s0 = torch.empty(2, 2, dim, dim, device=device)
+        return delta_backward.delta_backward(q, k, v, beta, g, s0, torch.empty_like(q), s0, 0.1, True)
+
+    return call
+
+
 def _gla_vec(dtype: torch.dtype, dim: int) -> Case:
     def call(device: torch.device) -> Any:
         q, k, v = (torch.empty(2, 512, heads, dim, dtype=dtype, device=device) for heads in (4, 2, 2))
@@ -134,6 +144,9 @@ CASES: dict[str, Case] = {
     "delta bf16 d64": _delta(BF16, 64),
     "delta bf16 d128": _delta(BF16, 128),
     "delta fp32 d64": _delta(FP32, 64),
+    "delta_backward bf16 d64": _delta_backward(BF16, 64),
+    "delta_backward bf16 d128": _delta_backward(BF16, 128),
+    "delta_backward fp32 d64": _delta_backward(FP32, 64),
     "gla_vec bf16 d64": _gla_vec(BF16, 64),
     "gla_vec bf16 d128": _gla_vec(BF16, 128),
     "gla_vec fp32 d64": _gla_vec(FP32, 64),

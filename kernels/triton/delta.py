@@ -144,26 +144,25 @@ def delta_chunk(
     wide = accumulation_dtype(q.dtype)
     q, k = (normalised(x.to(wide), l2norm).to(x.dtype) if l2norm else x for x in (q, k))
     k, v = _launch.inner_contiguous(k), _launch.inner_contiguous(v)
-    w, y = _prepare(k, v, beta, g)
-    h, u, s = _states(k, w, y, g, s0)
+    w, y = prepare(k, v, beta, g)
+    h, u, s = corrections(k, w, y, g, s0)
     return outputs(q, k, u, g, h, scale, chunk=TOKENS), s
 
 
-def _prepare(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+def prepare(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
     (batch, length, kv_heads, key_dim), value_dim, count = k.shape, v.shape[3], beta.shape[2]
     w, y = k.new_empty(batch, length, count, key_dim), v.new_empty(batch, length, count, value_dim)
     args = (
         k, v, beta, k if g is None else g, w, y, length, count, count // kv_heads,
         *k.stride()[:3], *v.stride()[:3], *beta.stride()[:3], *gate_strides(g),
     )  # fmt: skip
-    exact = "ieee" if k.element_size() > 2 else "tf32x3"
-    constants = _constants(k, key_dim, value_dim, g) | {"LEVELS": TOKENS.bit_length() - 1, "EXACT": exact}
+    constants = chunk_constants(k, key_dim, value_dim, g) | exact_products(k)
     grid = (triton.cdiv(length, TOKENS), batch * count)
     _launch.launch(delta_prepare_kernel, lambda config: grid, args, constants, prepare_configs(architecture(k), k))
     return w, y
 
 
-def _states(
+def corrections(
     k: Tensor, w: Tensor, y: Tensor, g: Tensor | None, s0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states before each chunk [B,NT,Hs,K,V], corrections u [B,T,Hs,V], last states [B,Hs,K,V])."""
@@ -174,7 +173,7 @@ def _states(
         k, w, y, k if g is None else g, s if s0 is None else s0.contiguous(), h, u, s,
         length, count, count // kv_heads, *k.stride()[:3], *gate_strides(g),
     )  # fmt: skip
-    constants = _constants(k, key_dim, value_dim, g) | {"HAS_S0": s0 is not None, "BK": block(key_dim, 1024)}
+    constants = chunk_constants(k, key_dim, value_dim, g) | {"HAS_S0": s0 is not None, "BK": block(key_dim, 1024)}
 
     def grid(config: Config) -> tuple[int, ...]:
         return triton.cdiv(value_dim, config.blocks["BV"]), batch * count
@@ -184,8 +183,13 @@ def _states(
     return h, u, s
 
 
-def _constants(k: Tensor, key_dim: int, value_dim: int, g: Tensor | None) -> dict[str, Any]:
+def chunk_constants(k: Tensor, key_dim: int, value_dim: int, g: Tensor | None) -> dict[str, Any]:
     return shared_constants(k, key_dim, value_dim, g) | {"C": TOKENS}
+
+
+def exact_products(k: Tensor) -> dict[str, Any]:
+    """How many levels the inverse has, and products in which its digits do not get lost."""
+    return {"LEVELS": TOKENS.bit_length() - 1, "EXACT": "ieee" if k.element_size() > 2 else "tf32x3"}
 
 
 def prepare_configs(arch: int, x: Tensor) -> tuple[Config, ...]:

@@ -96,10 +96,10 @@ def gla_output_kernel(
     q, k, v, g, h, o,
     scale, T, H, HS, R, RV, N,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, h_k, h_v,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr, STRICT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H,V] of one chunk, query head and block of value columns."""
+    """o [B,T,H,V] of one chunk, query head and block of value columns; STRICT leaves out what a token reads of itself."""
     c, b, head = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     kv_head = head // R
     state_head = head // (R // N)
@@ -122,7 +122,7 @@ def gla_output_kernel(
         out = tl.dot(q_CK.to(h_KV.dtype), h_KV, acc=out, input_precision=PRECISION, out_dtype=ACC)
         scores = tl.dot(q_CK, k_KC, acc=scores, input_precision=PRECISION, out_dtype=ACC)
     i = tl.arange(0, C)
-    earlier = i[:, None] >= i[None, :]
+    earlier = (i[:, None] > i[None, :]) if STRICT else (i[:, None] >= i[None, :])
     if HAS_G:
         gates = tl.load(g + batch * g_b + at * g_t + state_head * g_h, mask=real, other=0.0).to(ACC) * LOG2_E
         coarse, fine = gate_sums(gates, ACC)
@@ -183,6 +183,7 @@ def outputs(
     scale: float,
     dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
+    strict: bool = False,
 ) -> Tensor:
     """o [B,T,H,V] from the states before each chunk, which may be a view of others with the last dims swapped."""
     q = _launch.inner_contiguous(q)
@@ -197,7 +198,7 @@ def outputs(
     def grid(config: Config) -> tuple[int, ...]:
         return triton.cdiv(value_dim, config.blocks["BV"]), h.shape[1], batch * heads
 
-    constants = shared_constants(q, key_dim, value_dim, g) | {"C": chunk}
+    constants = shared_constants(q, key_dim, value_dim, g) | {"C": chunk, "STRICT": strict}
     _launch.launch(gla_output_kernel, grid, args, constants, output_configs(architecture(q), q, key_dim, value_dim))
     return o
 

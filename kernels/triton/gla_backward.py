@@ -89,12 +89,15 @@ def gla_gradient_state_kernel(
 @triton.jit(do_not_specialize=["T"])
 def gla_reverse_kernel(
     x, y, z, g, h, out,
-    scale, T, HS, N, SHARED,
+    scale, T, HS, N, SHARED, PER_Z,
     x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, g_b, g_t, g_h, h_x, h_z,
-    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr,
+    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr, HAS_H: tl.constexpr, STRICT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
 ):  # fmt: skip
-    """out_j = e^{rest_j} x_j M + scale sum_{i >= j, heads} (x_j.y_i) D_ij z_i, [B,T,Hs,Z], of one chunk and state."""
+    """out_j = e^{rest_j} x_j M + scale sum_{i >= j, heads} (x_j.y_i) D_ij z_i, [B,T,Hs,Z], of one chunk and state.
+
+    Without HAS_H the part of M is 0; STRICT sums over i > j.
+    """
     c, b, head = tl.program_id(1), tl.program_id(2) // HS, tl.program_id(2) % HS
     columns, j = tl.program_id(0) * BZ + tl.arange(0, BZ), tl.arange(0, C)
     batch, t = b.to(tl.int64), c * C + j
@@ -102,15 +105,16 @@ def gla_reverse_kernel(
     x += batch * x_b + (head // N) * x_h
     h += ((batch * tl.cdiv(T, C) + c) * HS + head) * X * Z
     result = tl.zeros([C, BZ], dtype=ACC)
-    for first in range(0, X, BX):
-        rows = first + tl.arange(0, BX)
-        x_CX = tl.load(x + at[:, None] * x_t + rows[None, :], mask=real[:, None] & (rows < X)[None, :], other=0.0)
-        h_XZ = tl.load(
-            h + rows[:, None] * h_x + columns[None, :] * h_z,
-            mask=(rows < X)[:, None] & (columns < Z)[None, :], other=0.0,
-        )  # fmt: skip
-        result = tl.dot(x_CX.to(h_XZ.dtype), h_XZ, acc=result, input_precision=PRECISION, out_dtype=ACC)
-    later = j[:, None] <= j[None, :]
+    if HAS_H:
+        for first in range(0, X, BX):
+            rows = first + tl.arange(0, BX)
+            x_CX = tl.load(x + at[:, None] * x_t + rows[None, :], mask=real[:, None] & (rows < X)[None, :], other=0.0)
+            h_XZ = tl.load(
+                h + rows[:, None] * h_x + columns[None, :] * h_z,
+                mask=(rows < X)[:, None] & (columns < Z)[None, :], other=0.0,
+            )  # fmt: skip
+            result = tl.dot(x_CX.to(h_XZ.dtype), h_XZ, acc=result, input_precision=PRECISION, out_dtype=ACC)
+    later = (j[:, None] < j[None, :]) if STRICT else (j[:, None] <= j[None, :])
     decay = tl.where(later, tl.full([C, C], 1.0, dtype=ACC), 0.0)
     if HAS_G:
         gates = tl.load(g + batch * g_b + at * g_t + head * g_h, mask=real, other=0.0).to(ACC) * LOG2_E
@@ -127,7 +131,7 @@ def gla_reverse_kernel(
             y_XC = tl.load(y_r + rows[:, None] + at[None, :] * y_t, mask=(rows < X)[:, None] & real[None, :], other=0.0)
             scores = tl.dot(x_CX, y_XC, acc=scores, input_precision=PRECISION, out_dtype=ACC)
         z_CZ = tl.load(
-            z + batch * z_b + (head * SHARED + r) * z_h + at[:, None] * z_t + columns[None, :],
+            z + batch * z_b + ((head * SHARED + r) // PER_Z) * z_h + at[:, None] * z_t + columns[None, :],
             mask=real[:, None] & (columns < Z)[None, :], other=0.0,
         )  # fmt: skip
         weights = (scores * decay * scale).to(z_CZ.dtype)
@@ -166,9 +170,13 @@ def gla_backward(
     dh, ds0, dot_sums = _gradient_states(q, do, g, h, s, ds, scale)
     wide = s.dtype if gates and g is not None else q.dtype  # the gates' gradient is a difference of these
     dq = outputs(do, v, k, g, h.transpose(3, 4), scale, dtype=wide)
-    dk = _reverse(v, do, q, g, dh.transpose(3, 4), scale, wide)
-    dv = _reverse(k, q, do, g, dh, scale, v.dtype)
-    dg = _gate_gradient(q, k, dq, dk, dot_sums).to(g.dtype) if gates and g is not None else None
+    dk = reverse(v, do, q, g, s.shape[1], dh.transpose(3, 4), scale, wide)
+    dv = reverse(k, q, do, g, s.shape[1], dh, scale, v.dtype)
+    dg = None
+    if gates and g is not None:
+        per_kv = s.shape[1] // k.shape[2]
+        change = (q * dq).sum(-1).unflatten(2, (s.shape[1], -1)).sum(3) - (k.repeat_interleave(per_kv, 2) * dk).sum(-1)
+        dg = gate_gradient(change, dot_sums, CHUNK).to(g.dtype)
     kv_heads = k.shape[2]
     dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) if x.shape[2] > kv_heads else x for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv, dg, None if s0 is None else ds0.to(s0.dtype)
@@ -193,36 +201,50 @@ def _gradient_states(
     return dh, ds0, dot_sums.sum(0)
 
 
-def _reverse(
-    x: Tensor, y: Tensor, z: Tensor, g: Tensor | None, dh: Tensor, scale: float, dtype: torch.dtype
+def reverse(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    g: Tensor | None,
+    count: int,
+    dh: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    chunk: int = CHUNK,
+    strict: bool = False,
 ) -> Tensor:
-    (batch, length, kv_heads, inner), outer, count, heads = x.shape, z.shape[3], dh.shape[2], y.shape[2]
+    """`gla_reverse_kernel`: [B,T,Hs,Z] for Hs = `count` states, dh [B,NT,Hs,X,Z] for M."""
+    (batch, length, x_heads, inner), outer, heads = x.shape, z.shape[3], y.shape[2]
     out = x.new_empty(batch, length, count, outer, dtype=dtype)
     args = (
-        x, y, z, x if g is None else g, dh, out, scale, length, count, count // kv_heads, heads // count,
-        *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *gate_strides(g), *dh.stride()[3:],
+        x, y, z, x if g is None else g, x if dh is None else dh, out,
+        scale, length, count, count // x_heads, heads // count, heads // z.shape[2],
+        *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *gate_strides(g),
+        *(dh.stride()[3:] if dh is not None else (0, 0)),
     )  # fmt: skip
     constants: dict[str, Any] = {
-        "X": inner, "Z": outer, "C": CHUNK, "HAS_G": g is not None, "ACC": accumulator(x), "PRECISION": precision(x),
+        "X": inner, "Z": outer, "C": chunk, "HAS_G": g is not None, "HAS_H": dh is not None, "STRICT": strict,
+        "ACC": accumulator(x), "PRECISION": precision(x),
     }  # fmt: skip
 
     def grid(config: Config) -> tuple[int, ...]:
-        return triton.cdiv(outer, config.blocks["BZ"]), dh.shape[1], batch * count
+        return triton.cdiv(outer, config.blocks["BZ"]), triton.cdiv(length, chunk), batch * count
 
     _launch.launch(gla_reverse_kernel, grid, args, constants, _reverse_configs(architecture(x), x, inner, outer))
     return out
 
 
-def _gate_gradient(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, dot_sums: Tensor) -> Tensor:
-    """dg [B,T,Hs]; dk is still one by state."""
-    (batch, length, count), per_kv = dk.shape[:3], dk.shape[2] // k.shape[2]
-    read = (q * dq).sum(-1).unflatten(2, (count, -1)).sum(3)
-    written = (k.repeat_interleave(per_kv, 2) * dk).sum(-1)
-    chunks = dot_sums.shape[1]
-    change = torch.nn.functional.pad(read - written, (0, 0, 0, chunks * CHUNK - length))
-    change = change.view(batch, chunks, CHUNK, count)
-    summed = change.flip(2).cumsum(2).flip(2) + dot_sums[:, :, None]
-    return summed.view(batch, chunks * CHUNK, count)[:, :length].contiguous()
+def gate_gradient(change: Tensor, dot_sums: Tensor, size: int) -> Tensor:
+    """dg_t [B,T,Hs,..] = sum over i >= t of t's chunk of change_i [B,T,Hs,..], and dot_sums [B,NT,Hs,..] of the chunk.
+
+    A gate weighs what its token and later ones read of earlier ones: all that they read, less what they wrote.
+    """
+    length, chunks = change.shape[1], dot_sums.shape[1]
+    filled = change.new_zeros(change.shape[0], chunks * size, *change.shape[2:])
+    filled[:, :length] = change
+    by_chunk = filled.unflatten(1, (chunks, size))
+    summed = by_chunk.flip(2).cumsum(2).flip(2) + dot_sums[:, :, None]
+    return summed.flatten(1, 2)[:, :length].contiguous()
 
 
 def _gradient_state_configs(arch: int, x: Tensor, key_dim: int, value_dim: int) -> tuple[Config, ...]:
