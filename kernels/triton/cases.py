@@ -10,7 +10,20 @@ from typing import Any
 
 import torch
 
-from linearize.kernels.triton import delta, delta_backward, delta_step, gla, gla_backward, gla_vec, hybrid, hybrid_step, mla, slots, steps
+from linearize.kernels.triton import (
+    delta,
+    delta_backward,
+    delta_step,
+    gla,
+    gla_backward,
+    gla_vec,
+    gla_vec_backward,
+    hybrid,
+    hybrid_step,
+    mla,
+    slots,
+    steps,
+)
 
 Case = Callable[[torch.device], Any]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -134,6 +147,15 @@ def _gla_vec(dtype: torch.dtype, dim: int) -> Case:
     return call
 
 
+def _gla_vec_backward(dtype: torch.dtype, dim: int) -> Case:
+    def call(device: torch.device) -> Any:
+        q, k, v = (torch.empty(2, 512, heads, dim, dtype=dtype, device=device) for heads in (4, 2, 2))
+        g, s0 = torch.empty(2, 512, 2, dim, device=device), torch.empty(2, 2, dim, dim, device=device)
+        return gla_vec_backward.gla_vec_backward(q, k, v, g, s0, torch.empty_like(q), s0, 0.1)
+
+    return call
+
+
 CASES: dict[str, Case] = {
     "gla bf16 d64": _gla(BF16, 64),
     "gla bf16 d128": _gla(BF16, 128),
@@ -150,6 +172,8 @@ CASES: dict[str, Case] = {
     "gla_vec bf16 d64": _gla_vec(BF16, 64),
     "gla_vec bf16 d128": _gla_vec(BF16, 128),
     "gla_vec fp32 d64": _gla_vec(FP32, 64),
+    "gla_vec_backward bf16 d128": _gla_vec_backward(BF16, 128),
+    "gla_vec_backward fp32 d64": _gla_vec_backward(FP32, 64),
     "hybrid bf16 d64": _hybrid(BF16, 64),
     "hybrid bf16 d128": _hybrid(BF16, 128),
     "hybrid fp32 d64": _hybrid(FP32, 64),

@@ -139,29 +139,44 @@ def gla_vec_chunk(
     """See `linearize.ops.gla_vec`. The chunk is the kernel's own; `chunk` is for the streamed forms."""
     check_gla_vec(q, k, v, g, s0)
     q, k, v, g = (_launch.inner_contiguous(x) for x in (q, k, v, g))
-    (batch, length, heads, key_dim), kv_heads, value_dim, count = q.shape, k.shape[2], v.shape[3], g.shape[2]
-    h = q.new_empty(batch, triton.cdiv(length, CHUNK), count, key_dim, value_dim, dtype=state_dtype(q))
-    s = q.new_empty(batch, count, key_dim, value_dim, dtype=accumulation_dtype(q.dtype))
-    o = q.new_empty(batch, length, heads, value_dim)
-    strides = *k.stride()[:3], *v.stride()[:3], *g.stride()[:3]
-    constants, per_kv = shared_constants(q, key_dim, value_dim, g), count // kv_heads
-    start = s if s0 is None else s0.contiguous()
+    h, s = states(k, v, g, s0, q)
+    return _outputs(q, k, v, g, h, scale), s
 
-    def by_state(config: Config) -> tuple[int, ...]:
+
+def states(k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(the state before each chunk [B,NT,Hs,K,V], the last [B,Hs,K,V])."""
+    (batch, length, kv_heads, key_dim), value_dim, count = k.shape, v.shape[3], g.shape[2]
+    h = k.new_empty(batch, triton.cdiv(length, CHUNK), count, key_dim, value_dim, dtype=state_dtype(like))
+    s = k.new_empty(batch, count, key_dim, value_dim, dtype=accumulation_dtype(like.dtype))
+    args = (
+        k, v, g, s if s0 is None else s0.contiguous(), h, s,
+        length, count, count // kv_heads, *k.stride()[:3], *v.stride()[:3], *g.stride()[:3],
+    )  # fmt: skip
+    constants = shared_constants(like, key_dim, value_dim, g) | {"HAS_S0": s0 is not None}
+
+    def grid(config: Config) -> tuple[int, ...]:
         blocks = triton.cdiv(key_dim, config.blocks["BK"]), triton.cdiv(value_dim, config.blocks["BV"])
         return *blocks, batch * count
 
-    def by_row(config: Config) -> tuple[int, ...]:
+    configs = state_configs(architecture(like), like, key_dim, value_dim)
+    _launch.launch(gla_vec_state_kernel, grid, args, constants, configs)
+    return h, s
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, h: Tensor, scale: float) -> Tensor:
+    (batch, length, heads, key_dim), kv_heads, value_dim, count = q.shape, k.shape[2], v.shape[3], g.shape[2]
+    o = q.new_empty(batch, length, heads, value_dim)
+    args = (
+        q, k, v, g, h, o, scale, length, heads, count, heads // kv_heads, count // kv_heads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3],
+    )  # fmt: skip
+    constants = shared_constants(q, key_dim, value_dim, g) | {"ROWS": ROW, "BK": block(key_dim, 1024)}
+
+    def grid(config: Config) -> tuple[int, ...]:
         return triton.cdiv(value_dim, config.blocks["BV"]), triton.cdiv(length, ROW), batch * heads
 
-    args = (k, v, g, start, h, s, length, count, per_kv, *strides)
-    configs = state_configs(architecture(q), q, key_dim, value_dim)
-    _launch.launch(gla_vec_state_kernel, by_state, args, constants | {"HAS_S0": s0 is not None}, configs)
-    args = (q, k, v, g, h, o, scale, length, heads, count, heads // kv_heads, per_kv, *q.stride()[:3], *strides)
-    sizes = {"ROWS": ROW, "BK": block(key_dim, 1024)}
-    configs = output_configs(architecture(q), q, value_dim)
-    _launch.launch(gla_vec_output_kernel, by_row, args, constants | sizes, configs)
-    return o, s
+    _launch.launch(gla_vec_output_kernel, grid, args, constants, output_configs(architecture(q), q, value_dim))
+    return o
 
 
 def state_configs(arch: int, x: Tensor, key_dim: int, value_dim: int) -> tuple[Config, ...]:
