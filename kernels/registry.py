@@ -11,7 +11,8 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.ops import OPERATORS
-from linearize.ops._library import BACKWARDS, LIBRARY
+from linearize.ops._backward import BACKWARDS, Backward, define_backward
+from linearize.ops._library import LIBRARY
 
 REFERENCE = "reference"
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -81,12 +82,12 @@ def register(kernel: Kernel) -> Kernel:
 def register_backward(kernel: Kernel) -> Kernel:
     """Let a kernel compute an operator's gradients; its `check` and `run` take (inputs, gradients of the outputs, which
     inputs need one, keywords). Where it declines, the streamed form is recomputed and differentiated."""
-
-    def backward(*args: Any) -> Any:
-        return None if kernel.lacks() or kernel.check(*args) is not None else kernel.run(*args)
-
+    operator = OPERATORS[kernel.op]
+    if all(kernel.op != op for op, _ in BACKWARDS):
+        define_backward(LIBRARY, kernel.op, str(operator.overload._schema), operator.streamed)
     _BACKWARD_KERNELS[kernel.op, kernel.device] = kernel
-    BACKWARDS[kernel.op, kernel.device] = backward
+    claims = lambda *call: not kernel.lacks() and kernel.check(*call) is None  # noqa: E731
+    BACKWARDS[kernel.op, kernel.device] = Backward(claims, kernel.run)
     return kernel
 
 

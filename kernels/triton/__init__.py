@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 
 from linearize.kernels import cpu
 from linearize.kernels.registry import Check, Kernel, register, register_backward
@@ -88,13 +87,11 @@ def check_cache(q: torch.Tensor, cache: torch.Tensor, *rest: Any, **keywords: An
     return check_device(q) or check_dtypes(q, cache, cache)
 
 
-def check_gla_backward(
+def check_backward(
     inputs: Sequence[Any], gradients: Sequence[Any], needed: Sequence[bool], keywords: dict[str, Any]
 ) -> str | None:
-    """Under torch.compile the backward is traced, and a launch would not be: then PyTorch's own operators run."""
-    if detect_fake_mode(inputs) is not None:
-        return "traced by torch.compile"
-    return check_tokens(*inputs[:3])
+    """The gradients' kernels take what the forward ones take."""
+    return check_line(*inputs[:3])
 
 
 def check_device(q: torch.Tensor) -> str | None:
@@ -112,6 +109,11 @@ def _register(op: str, priority: int, check: Check, module: str, function: str) 
     return register(Kernel(f"triton.{function}", op, "cuda", priority, check, later(module, function), missing))
 
 
+def _register_backward(op: str, module: str) -> Kernel:
+    run = later(module, "from_autograd")
+    return register_backward(Kernel(f"triton.{module}", op, "cuda", 30, check_backward, run, missing))
+
+
 GLA = _register("gla_chunk", 30, check_tokens, "gla", "gla_chunk")
 GLA_ONE = _register("gla_chunk", 40, check_one, "steps", "gla_one")
 GLA_STEP = _register("gla_step", 30, check_step, "steps", "gla_step")
@@ -123,21 +125,13 @@ HYBRID = _register("hybrid_chunk", 30, check_line, "hybrid", "hybrid_chunk")
 HYBRID_STEP = _register("hybrid_step", 30, check_hybrid_step, "hybrid_step", "hybrid_step")
 MLA_DECODE = _register("mla_decode", 30, check_cache, "mla", "mla_decode")
 SLOTS_BLOCK = _register("slots_block", 30, check_line, "slots", "slots_block")
-
-
 DELTA = _register("delta_chunk", 30, check_several, "delta", "delta_chunk")
 GLA_VEC = _register("gla_vec_chunk", 30, check_several, "gla_vec", "gla_vec_chunk")
-GLA_BACKWARD = register_backward(
-    Kernel(
-        "triton.gla_backward",
-        "gla_chunk",
-        "cuda",
-        30,
-        check_gla_backward,
-        later("gla_backward", "from_autograd"),
-        missing,
-    )
-)
+
+GLA_BACKWARD = _register_backward("gla_chunk", "gla_backward")
+GLA_VEC_BACKWARD = _register_backward("gla_vec_chunk", "gla_vec_backward")
+HYBRID_BACKWARD = _register_backward("hybrid_chunk", "hybrid_backward")
+DELTA_BACKWARD = _register_backward("delta_chunk", "delta_backward")
 
 # The streamed forms for the CPU are plain PyTorch, so they run on a GPU as they are, with memory linear in T.
 PLAIN = (

@@ -19,6 +19,7 @@ from linearize.kernels.triton import (
     gla_vec,
     gla_vec_backward,
     hybrid,
+    hybrid_backward,
     hybrid_step,
     mla,
     slots,
@@ -156,6 +157,18 @@ def _gla_vec_backward(dtype: torch.dtype, dim: int) -> Case:
     return call
 
 
+def _hybrid_backward(dtype: torch.dtype, dim: int, features: int = 128) -> Case:
+    def call(device: torch.device) -> Any:
+        q, k, v = (torch.empty(2, n, h, dim, dtype=dtype, device=device) for n, h in ((512, 4), (576, 2), (576, 2)))
+        fq, fk = (torch.empty(2, 512, heads, features, dtype=dtype, device=device) for heads in (4, 2))
+        mask, mix = torch.empty(2, 576, dtype=torch.bool, device=device), torch.empty(4, device=device)
+        s0, z0 = torch.empty(2, 2, features, dim, device=device), torch.empty(2, 2, features, device=device)
+        given = (q, k, v, mask, fq, fk, mix, None, None, None, mix[:, None], s0, z0, torch.empty_like(q), s0, z0)
+        return hybrid_backward.hybrid_backward(*given, window=64, scale=0.1)
+
+    return call
+
+
 CASES: dict[str, Case] = {
     "gla bf16 d64": _gla(BF16, 64),
     "gla bf16 d128": _gla(BF16, 128),
@@ -177,6 +190,10 @@ CASES: dict[str, Case] = {
     "hybrid bf16 d64": _hybrid(BF16, 64),
     "hybrid bf16 d128": _hybrid(BF16, 128),
     "hybrid fp32 d64": _hybrid(FP32, 64),
+    "hybrid_backward bf16 d64": _hybrid_backward(BF16, 64),
+    "hybrid_backward bf16 d128": _hybrid_backward(BF16, 128),
+    "hybrid_backward fp32 d64": _hybrid_backward(FP32, 64),
+    "hybrid_backward bf16 d256": _hybrid_backward(BF16, 256),
     "hybrid bf16 d256": _hybrid(BF16, 256),
     "gla_step bf16 d128": _gla_step(BF16, 128),
     "gla_vec_step bf16 d128": _vec_and_delta_step(BF16, 128, "gla_vec"),

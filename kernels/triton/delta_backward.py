@@ -144,7 +144,8 @@ def from_autograd(
     q, v, (do, ds) = given[0], given[2], gradients
     if do is None:
         do = q.new_zeros(1).expand(*q.shape[:3], v.shape[3])
-    found = delta_backward(*given, do, ds, keywords.get("scale", 1.0), keywords.get("l2norm", False))
+    call: list[Any] = [*given, do, ds, keywords.get("scale", 1.0), keywords.get("l2norm", False)]
+    found = delta_backward(*call)
     return [x if need else None for x, need in zip(found, wanted, strict=True)][: len(inputs)]
 
 
@@ -210,8 +211,8 @@ def _gradient_states(
     blocks = triton.cdiv(value_dim, configs[0].blocks["BV"])
     dot_sums = s.new_empty(blocks, batch, h.shape[1], count)
     args = (
-        q, k, w, do, q if g is None else g, h, s, s if ds is None else ds.to(s.dtype).contiguous(), du, dh, ds0, dot_sums,
-        scale, length, heads, count, count // k.shape[2], heads // count,
+        q, k, w, do, q if g is None else g, h, s, s if ds is None else ds.to(s.dtype).contiguous(),
+        du, dh, ds0, dot_sums, scale, length, heads, count, count // k.shape[2], heads // count,
         *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], *gate_strides(g),
     )  # fmt: skip
     constants = chunk_constants(q, key_dim, value_dim, g) | {"HAS_DS": ds is not None, "BK": block(key_dim, 1024)}

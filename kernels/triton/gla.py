@@ -99,7 +99,7 @@ def gla_output_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_G: tl.constexpr, STRICT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H,V] of one chunk, query head and block of value columns; STRICT leaves out what a token reads of itself."""
+    """o [B,T,H,V] of one chunk, query head and block of value columns; STRICT: without the token itself."""
     c, b, head = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     kv_head = head // R
     state_head = head // (R // N)

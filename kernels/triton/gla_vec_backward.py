@@ -1,4 +1,4 @@
-"""The backward of `gla_vec_chunk` on a GPU: states forward again, their gradients in reverse, then three parallel passes.
+"""The backward of `gla_vec_chunk` on a GPU: states forward again, their gradients in reverse, three parallel passes.
 
 With S_c the state before chunk c and dS_c the gradient of the state after it, letters as in `gla_vec.py` beside this:
 
@@ -284,7 +284,8 @@ def from_autograd(
     q, v, (do, ds) = given[0], given[2], gradients
     if do is None:
         do = q.new_zeros(1).expand(*q.shape[:3], v.shape[3])
-    found = gla_vec_backward(*given, do, ds, keywords.get("scale", 1.0))
+    call: list[Any] = [*given, do, ds, keywords.get("scale", 1.0)]
+    found = gla_vec_backward(*call)
     return [x if need else None for x, need in zip(found, wanted, strict=True)][: len(inputs)]
 
 

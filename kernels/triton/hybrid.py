@@ -7,6 +7,7 @@ maximum, since that is part of the function. Of the first C of these, those up t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -61,15 +62,16 @@ def hybrid_state_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def hybrid_output_kernel(
-    q, k, v, mask, fq, fk, mix, sink_k, sink_v, sink_mask, sink_logits, h, hz, o,
+    q, k, v, mask, fq, fk, mix, sink_k, sink_v, sink_mask, sink_logits, h, hz, o, tops, masses,
     scale, T, H, R, M, LOGITS, window,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, m_b, fq_b, fq_t, fq_h, fk_b, fk_t, fk_h,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     HAS_FAR: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LOGITS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    KEEP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H,V] of one chunk of queries, one head and one block of value columns."""
+    """o [B,T,H,V] of one chunk of queries, one head and one block of value columns; where the backward asks for them,
+    the maxima (log2) and denominators [B,T,H] as well."""
     c, b, head = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     batch, kv_head = b.to(tl.int64), head // R
     columns, dims = tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, BD)
@@ -139,6 +141,9 @@ def hybrid_output_kernel(
         v_CV = tl.load(v + at[:, None] * v_t + columns[None, :], mask=left[:, None] & (columns < V)[None, :], other=0.0)
         out = weigh(weights, v_CV, out, ACC, PRECISION)
         mass += tl.sum(weights, 1)
+    if KEEP:
+        tl.store(tops + (batch * T + at) * H + head, top, mask=real)  # every block of columns finds the same
+        tl.store(masses + (batch * T + at) * H + head, mass, mask=real)
     out = out / tl.where(mass == 0.0, 1.0, mass)[:, None]
     o += ((batch * T + at[:, None]) * H + head) * V + columns[None, :]
     tl.store(o, out.to(o.dtype.element_ty), mask=real[:, None] & (columns < V)[None, :])
@@ -164,18 +169,41 @@ def hybrid_chunk(
 ) -> States:
     """See `linearize.ops.hybrid`."""
     check_hybrid(q, k, v, mask, (fq, fk), (sink_k, sink_v, sink_mask), window)
+    sinks = (sink_k, sink_v, sink_mask, sink_logits, mix)
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    s, z = forward(q, k, v, mask, fq, fk, sinks, s0, z0, o, None, window, scale)
+    return o, s, z
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    fq: Tensor | None,
+    fk: Tensor | None,
+    sinks: Sequence[Tensor | None],
+    s0: Tensor | None,
+    z0: Tensor | None,
+    o: Tensor,
+    sums: tuple[Tensor, Tensor] | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The last states; writes o, and to `sums` the maxima (log2) and denominators [B,T,H] where they are wanted.
+
+    `sinks` are sink_k, sink_v, sink_mask, sink_logits and mix.
+    """
     q, k, v, mask = (_launch.inner_contiguous(x) for x in (q, k, v, mask))
-    batch, length, heads, kv_heads = *q.shape[:3], k.shape[2]
     wide, features = accumulation_dtype(q.dtype), 0 if fk is None else fk.shape[3]
-    s = q.new_empty(batch, kv_heads, features, v.shape[3], dtype=wide)
-    z, h, hz = q.new_empty(batch, kv_heads, features, dtype=wide), q, q
+    s = q.new_empty(q.shape[0], k.shape[2], features, v.shape[3], dtype=wide)
+    z, h, hz = q.new_empty(q.shape[0], k.shape[2], features, dtype=wide), q, q
     if fq is not None and fk is not None:
         fq, fk = (_launch.inner_contiguous(x.to(fq.dtype)) for x in (fq, fk))
         h, hz = _states(fk, v, mask, s0, z0, s, z)
-    o = q.new_empty(batch, length, heads, v.shape[3])
-    sinks = [x if x is None else x.contiguous() for x in (sink_k, sink_v, sink_mask, sink_logits, mix)]
-    _outputs(q, k, v, mask, fq, fk, sinks, h, hz, o, window, scale)
-    return o, s, z
+    given = [x if x is None else x.contiguous() for x in sinks]
+    _outputs(q, k, v, mask, fq, fk, given, h, hz, o, sums, window, scale)
+    return s, z
 
 
 def _states(
@@ -212,10 +240,11 @@ def _outputs(
     mask: Tensor,
     fq: Tensor | None,
     fk: Tensor | None,
-    sinks: list[Tensor | None],
+    sinks: Sequence[Tensor | None],
     h: Tensor,
     hz: Tensor,
     o: Tensor,
+    sums: tuple[Tensor, Tensor] | None,
     window: int,
     scale: float,
 ) -> None:
@@ -224,14 +253,15 @@ def _outputs(
     given = [q if x is None else x for x in (fq, fk, mix, sink_k, sink_v, sink_mask, sink_logits)]
     count, logits = (0 if sink_k is None else sink_k.shape[1]), (0 if sink_logits is None else sink_logits.shape[1])
     args = (
-        q, k, v, mask, *given, h, hz, o, scale, length, heads, heads // kv_heads, count, logits, window,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask.stride(0), *given[0].stride()[:3],
-        *given[1].stride()[:3],
+        q, k, v, mask, *given, h, hz, o, *(sums or (o, o)),
+        scale, length, heads, heads // kv_heads, count, logits, window,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask.stride(0),
+        *given[0].stride()[:3], *given[1].stride()[:3],
     )  # fmt: skip
     features, value_dim = (0 if fk is None else fk.shape[3]), v.shape[3]
     constants: dict[str, Any] = {
         "D": q.shape[3], "V": value_dim, "F": features, "C": CHUNK, "HAS_FAR": fq is not None,
-        "HAS_MIX": mix is not None, "HAS_SINKS": count > 0, "HAS_LOGITS": logits > 0,
+        "HAS_MIX": mix is not None, "HAS_SINKS": count > 0, "HAS_LOGITS": logits > 0, "KEEP": sums is not None,
         "ACC": accumulator(q), "PRECISION": precision(q), "BD": block(q.shape[3], 1024), "BM": block(count, 1024),
     }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""`gla_step`, `gla_vec_step` and the one-token cases of `gla_chunk` and `gla_vec_chunk` on a GPU: one launch a layer, the
-states read and written once.
+"""`gla_step`, `gla_vec_step` and the one-token cases of their chunked forms on a GPU: one launch a layer, the states
+read and written once.
 
 Letters and shapes as in `linearize.ops.steps`. A program holds [K,BV] of one state and serves the query heads that
 share it. Which state a row has is read on the device, so that the launch can stand in a CUDA graph.

@@ -12,14 +12,14 @@ Faster forms for a device live in `linearize.kernels`, which installs them over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linearize.errors import LinearizeError
+from linearize.ops._backward import by_recomputing
 
 NAMESPACE = "linearize"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -44,9 +44,6 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
-# (operator, device type): gradients by a kernel, (inputs, gradients of the outputs, which inputs need one, keywords) ->
-# as many gradients as inputs, or None where it declines. `linearize.kernels` fills it.
-BACKWARDS: dict[tuple[str, str], Form] = {}
 
 
 def define_operator(
@@ -63,7 +60,7 @@ def define_operator(
     LIBRARY.impl(name, composed or reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if "!" not in schema:
-        setup_context, backward = _recompute(name, streamed)
+        setup_context, backward = by_recomputing(name, streamed)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     overload = getattr(torch.ops.linearize, name).default
     operator = Operator(name, overload, reference, recurrence, streamed, composed or reference)
@@ -86,48 +83,3 @@ def require(condition: bool, operator: str, message: str) -> None:
     if not condition:
         raise OperatorError(f"{NAMESPACE}::{operator}: {message}")
 
-
-def _recompute(name: str, function: Form) -> tuple[Form, Form]:
-    """(setup_context, backward) that save the inputs only and differentiate `function` on them again, where no kernel
-    does it faster."""
-
-    def setup_context(
-        ctx: Any, inputs: Sequence[Any], output: Any, keyword_only_inputs: dict[str, Any] | None = None
-    ) -> None:
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.keywords = keyword_only_inputs or {}
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-        passed = len(ctx.needs_input_grad)  # the dispatcher drops trailing arguments that equal their defaults
-        needed = [*ctx.needs_input_grad, *(False for _ in inputs[passed:])]
-        kernel = BACKWARDS.get((name, inputs[0].device.type))
-        found = None if kernel is None else kernel(inputs, grad_outputs, needed, ctx.keywords)
-        if found is not None:
-            return tuple(found)[:passed]
-        with torch.enable_grad():
-            inputs = [_leaf(x, need) if isinstance(x, Tensor) else x for x, need in zip(inputs, needed, strict=True)]
-            outputs = function(*inputs, **ctx.keywords)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        return _gradients(outputs, grad_outputs, inputs, needed)[:passed]
-
-    return setup_context, backward
-
-
-def _leaf(tensor: Tensor, needs_grad: bool) -> Tensor:
-    return tensor.detach().requires_grad_(needs_grad)
-
-
-def _gradients(
-    outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], inputs: Sequence[Any], needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradient of the outputs that have one with respect to the needed inputs; None for the others."""
-    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    if not pairs or not wanted:
-        return (None,) * len(inputs)
-    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
-from torch._subclasses import FakeTensorMode
+from torch._dynamo.backends.common import aot_autograd
 
 from linearize.kernels import triton
 from linearize.kernels.triton import gla_backward
 from linearize.ops import gla_chunk
-from linearize.ops._library import BACKWARDS
+from linearize.ops._backward import BACKWARDS, Backward
 from linearize.ops.gla import gla_chunk_recurrence, gla_chunk_streamed
 from tests.kernels.triton.checking import (
     SLOW,
@@ -109,16 +110,48 @@ def test_autograd_of_the_operator_runs_it(monkeypatch, state, used):
 
     expected = gradients()
     assert not calls_made
-    monkeypatch.setitem(BACKWARDS, ("gla_chunk", "cpu"), kernel)
+    monkeypatch.setitem(BACKWARDS, ("gla_chunk", "cpu"), Backward(lambda *_: True, kernel))
     for a, b in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
     assert len(calls_made) == 1
 
 
-def test_a_traced_backward_is_declined():
-    with FakeTensorMode():
-        traced = [torch.empty(1, 3, 2, 8) for _ in range(3)]
-    assert triton.check_gla_backward(traced, (), (), {}) == "traced by torch.compile"
+def test_float64_and_wide_heads_are_declined():
     wide = [torch.empty(1, 3, 2, 8, dtype=torch.float64)] * 3
-    assert triton.check_gla_backward(wide, (), (), {}) == "torch.float64: Triton kernels accumulate in float32"
-    assert triton.check_gla_backward([torch.empty(1, 3, 2, 8)] * 3, (), (), {}) is None
+    assert triton.check_backward(wide, (), (), {}) == "torch.float64: Triton kernels accumulate in float32"
+    assert triton.check_backward([torch.empty(1, 3, 2, 300)] * 3, (), (), {}) == "head dim 300, at most 256"
+    assert triton.check_backward([torch.empty(1, 3, 2, 8)] * 3, (), (), {}) is None
+
+
+def test_in_a_compiled_graph_the_backward_is_one_node_that_runs_the_kernel(monkeypatch):
+    """Its launches cannot be traced: the compiler sees `linearize::gla_chunk_backward` and no more."""
+    args, calls_made, graphs = inputs(torch.float64, length=20), [], []
+
+    def kernel(*given):
+        calls_made.append(given)
+        with torch.no_grad(), honest():
+            return gla_backward.from_autograd(*given)
+
+    def loss(q, k, v, g, s0):
+        o, s = gla_chunk(q, k, v, g, s0, scale=0.2)
+        return o.sin().sum() + s.sin().sum()
+
+    def gradients_of(form):
+        leaves = [x.clone().requires_grad_(n != 1) for n, x in enumerate(args)]
+        return torch.autograd.grad(form(*leaves), [x for x in leaves if x.requires_grad])
+
+    expected = gradients_of(loss)
+    monkeypatch.setitem(BACKWARDS, ("gla_chunk", "cpu"), Backward(lambda *_: True, kernel))
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
+    found = gradients_of(torch.compile(loss, fullgraph=True, backend=backend))
+    torch.testing.assert_close(found, expected)
+    assert len(calls_made) == 1
+    (graph,) = graphs
+    assert [str(node.target) for node in graph.graph.nodes if "linearize" in str(node.target)] == [
+        "linearize.gla_chunk_backward.default"
+    ]

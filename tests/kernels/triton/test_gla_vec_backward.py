@@ -39,8 +39,8 @@ def test_the_backward_equals_autograd(call):
     outputs = gla_vec_recurrence(*args, scale=scale)
     upstream = drawn_like(outputs)
     found, expected = interpreted(by_kernel(args, upstream, scale), orders=(0,)), truth(args, upstream, scale)
-    states = (outputs[1], upstream[1])
-    terms = terms_of_gates(*((x[..., None], dx[..., None]) for x, dx in zip(args[:2], expected[:2], strict=True)), states)
+    by_channel = [(x[..., None], dx[..., None]) for x, dx in zip(args[:2], expected[:2], strict=True)]
+    terms = terms_of_gates(*by_channel, (outputs[1], upstream[1]))
     assert error(found.pop(3), expected.pop(3), terms) < BOUND[args[0].dtype]
     assert_equals_truth(found, expected, args[0].dtype)
 
