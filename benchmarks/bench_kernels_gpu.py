@@ -94,18 +94,32 @@ def gla_cases(device: str, lengths: tuple[int, ...], tokens: int, heads: int = 1
             yield case("gla_chunk", what, (q, k, v, g), {"scale": scale}, peers, bars)
 
 
-def train_cases(device: str, length: int, heads: int = 16, dim: int = 64) -> Iterator[Case]:
+def train_cases(device: str, length: int, heads: int = 16, dim: int = 64, window: int = 64) -> Iterator[Case]:
+    """Forward and backward of every chunked operator, against flash attention's over as many tokens."""
     q, k, v = (normal(1, length, heads, dim, device=device).requires_grad_() for _ in range(3))
-    g = -0.1 * torch.rand(1, length, heads, device=device)
-    op = OPERATORS["gla_chunk"].overload
+    by_channel = -0.1 * torch.rand(1, length, heads, dim, device=device)
+    g, beta = by_channel[..., 0], -10 * by_channel[..., 1]
+    line_k, line_v = (torch.cat([x.detach()[:, :window], x.detach()], 1).requires_grad_() for x in (k, v))
+    fq, fk = (normal(1, length, heads, 2 * dim, device=device).abs().requires_grad_() for _ in range(2))
+    mask = torch.arange(length + window, device=device)[None] >= window
+    keywords = {"scale": dim**-0.5}
+    calls = {
+        "gla_chunk": ((q, k, v, g), keywords),
+        "gla_vec_chunk": ((q, k, v, by_channel), keywords),
+        "delta_chunk": ((q, k, v, beta, g), keywords | {"l2norm": True}),
+        "hybrid_chunk": ((q, line_k, line_v, mask, fq, fk), keywords | {"window": window}),
+    }
 
-    def step(forward: Callable[[], Tensor]) -> Tensor:
+    def step(forward: Callable[[], Tensor], wanted: tuple[Tensor, ...]) -> Tensor:
         o = forward()
-        return torch.autograd.grad(o, (q, k, v), torch.ones_like(o))[0]
+        return torch.autograd.grad(o, wanted, torch.ones_like(o))[0]
 
-    ours = lambda: step(lambda: op(q, k, v, g, scale=dim**-0.5)[0])  # noqa: E731
-    peers = {"sdpa": lambda: step(lambda: flash(q, k, v))}
-    yield Case(f"gla_chunk forward + backward d={dim} T={length}", ours, None, peers, {"sdpa": BARS["train"]})
+    for name, (args, kept) in calls.items():
+        op, wanted = OPERATORS[name].overload, tuple(x for x in args if x.requires_grad)
+        ours = lambda op=op, args=args, kept=kept, wanted=wanted: step(lambda: op(*args, **kept)[0], wanted)  # noqa: E731
+        peers = {"sdpa": lambda: step(lambda: flash(q, k, v), (q, k, v))}
+        bars = {"sdpa": BARS["train"]} if name == "gla_chunk" else {}
+        yield Case(f"{name} forward + backward d={dim} T={length}", ours, None, peers, bars)
 
 
 def hybrid_cases(device: str, lengths: tuple[int, ...], heads: int = 32, kv_heads: int = 8) -> Iterator[Case]:
@@ -129,14 +143,18 @@ def step_cases(device: str, batches: tuple[int, ...], heads: int = 32, kv_heads:
         q, k, v = (normal(batch, 1, h, dim, device=device) for h in (heads, kv_heads, kv_heads))
         g, s = -torch.rand(batch, 1, kv_heads, device=device), torch.zeros(batch, kv_heads, dim, dim, device=device)
         bars = {"copy": BARS["step"]} if batch >= 64 else {}
-        op, reference = OPERATORS["gla_step"].overload, OPERATORS["gla_step"].reference
-        yield Case(
-            f"gla_step B={batch}",
-            lambda op=op, x=(q, k, v, g, s): op(*x, scale=0.1),
-            lambda op=reference, x=(q, k, v, g, s): op(*wide(x), scale=0.1),
-            bars=bars,
-            bytes=2 * s.nbytes,
-        )
+        by_channel, beta = -torch.rand(batch, 1, kv_heads, dim, device=device), torch.ones_like(g)
+        steps = {"gla_step": (g,), "gla_vec_step": (by_channel,), "delta_step": (beta, g)}
+        for name, more in steps.items():
+            op, reference = OPERATORS[name].overload, OPERATORS[name].reference
+            keywords = {"scale": 0.1} | ({"l2norm": True} if name == "delta_step" else {})
+            yield Case(
+                f"{name} B={batch}",
+                lambda op=op, x=(q, k, v, *more, s), kw=keywords: op(*x, **kw),
+                lambda op=reference, x=(q, k, v, *more, s), kw=keywords: op(*wide(x), **kw),
+                bars=bars,
+                bytes=2 * s.nbytes,
+            )
         fq, fk = (normal(batch, 1, h, features, device=device).abs() for h in (heads, kv_heads))
         pos = torch.full((batch,), 1000 * window + 17, device=device)
         rings = [normal(batch, 2 * window, kv_heads, size, device=device).abs() for size in (dim, dim, features)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -203,32 +204,64 @@ def hybrid_backward(
     scale: float,
 ) -> list[Tensor | None]:
     """Gradients of the operator's 13 inputs, None for the masks and for what is not given."""
+    sinks = (sink_k, sink_v, sink_mask, sink_logits)
+    near = near_gradients(q, k, v, mask, fq, fk, mix, sinks, s0, z0, do, window=window, scale=scale)
+    dv, dfq, dfk, ds0, dz0 = near.dv, None, None, None, None
+    dmix = None if mix is None else torch.zeros_like(mix)  # without a far field c cancels
+    if fq is not None and fk is not None:
+        dfq, dfk, far_dv, ds0, dz0 = _far(fq, fk, v, mask, s0, z0, near.upstream, ds, dz)
+        dv[:, : q.shape[1]] += far_dv
+        dmix = None if mix is None else near.spread.sum((0, 1)).to(mix.dtype)
+    by_window = [near.dq.to(q.dtype), near.dk.to(k.dtype), dv.to(v.dtype), None]
+    return [*by_window, dfq, dfk, dmix, *near.by_sinks[:2], None, near.by_sinks[2], ds0, dz0]
+
+
+@dataclass
+class Near:
+    """What window and sinks make: gradients, a (`spread`), and dN and dM for the far field."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    by_sinks: list[Tensor | None]
+    spread: Tensor
+    upstream: tuple[Tensor, Tensor]
+
+
+def near_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    fq: Tensor | None,
+    fk: Tensor | None,
+    mix: Tensor | None,
+    sinks: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    s0: Tensor | None,
+    z0: Tensor | None,
+    do: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> Near:
+    """The forward again, for maxima and denominators, then the gradients of window and sinks."""
     q, k, v, mask, do = (_launch.inner_contiguous(x) for x in (q, k, v, mask, do.to(q.dtype)))
     wide = accumulation_dtype(q.dtype)
     o = q.new_empty(*q.shape[:3], v.shape[3], dtype=wide)
     tops, masses = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
-    sinks = (sink_k, sink_v, sink_mask, sink_logits, mix)
-    forward(q, k, v, mask, fq, fk, sinks, s0, z0, o, (tops, masses), window, scale)
+    forward(q, k, v, mask, fq, fk, (*sinks, mix), s0, z0, o, (tops, masses), window, scale)
     inverse = 1.0 / masses.masked_fill(masses == 0, 1.0)
     dmass = (-(do * o).sum(-1) * inverse).masked_fill_(masses == 0, 0.0)
-    extras = None
-    if sink_k is not None or sink_logits is not None:
-        extras = _Extras(q, sink_k, sink_v, sink_mask, sink_logits, tops, do * inverse[..., None], dmass, scale)
+    dn, extras = do * inverse[..., None], None
+    if sinks[0] is not None or sinks[3] is not None:
+        extras = _Extras(q, *sinks, tops, dn, dmass, scale)
     rows = (tops, masses, dmass)
     dq, dk, dv, spread, chosen = _window(q, k, v, mask, do, mix, rows, extras, fq is not None, window, scale)
     by_sinks: list[Tensor | None] = [None, None, None]
     if extras is not None:
         more, *by_sinks = extras.gradients(mix, spread, chosen if fq is not None else None)
         dq = dq if more is None else dq + more
-    dfq = dfk = ds0 = dz0 = None
-    dmix = None if mix is None else torch.zeros_like(mix)  # without a far field c cancels
-    if fq is not None and fk is not None:
-        dn = (do * inverse[..., None], dmass)
-        dfq, dfk, far_dv, ds0, dz0 = _far(fq, fk, v, mask, s0, z0, dn, ds, dz)
-        dv[:, : q.shape[1]] += far_dv
-        dmix = None if mix is None else spread.sum((0, 1)).to(mix.dtype)
-    near = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None]
-    return [*near, dfq, dfk, dmix, *by_sinks[:2], None, by_sinks[2], ds0, dz0]
+    return Near(dq, dk, dv, by_sinks, spread, (dn, dmass))
 
 
 class _Extras:

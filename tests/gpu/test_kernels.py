@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from linearize.kernels import choose
 from linearize.kernels.triton import _launch
 from linearize.ops import OPERATORS
+from linearize.ops._backward import BACKWARDS, Backward
 
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -139,19 +140,34 @@ def test_two_runs_give_the_same_bits(name):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def gradients(form: Callable[..., Any], args: Sequence[Any], keywords: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Those of the sum of squares of all outputs."""
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in args]
+    outputs = [x.double().square().sum() for x in form(*leaves, **keywords)]
+    return torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_gradients_of_gated_linear_attention_equal_autograd(length, dtype):
-    op, args, keywords = gla(dtype, length, 64)
-    found, expected = (
-        torch.autograd.grad([x.double().square().sum() for x in form(*leaves, **keywords)], leaves)
-        for form, leaves in (
-            (OPERATORS[op].overload, [x.clone().requires_grad_() for x in args]),
-            (OPERATORS[op].streamed, [wide(x).clone().requires_grad_() for x in args]),
-        )
-    )
+@pytest.mark.parametrize("name", ["gla", "gla_vec", "delta", "hybrid"])
+def test_gradients_come_from_the_kernel_and_equal_autograd(monkeypatch, name, length, dtype):
+    op, args, keywords = MAKERS[name](dtype, length, 64)
+    backward, calls = BACKWARDS[op, "cuda"], []
+    run = lambda *call: calls.append(call) or backward.run(*call)  # noqa: E731
+    monkeypatch.setitem(BACKWARDS, (op, "cuda"), Backward(backward.claims, run))
+    found = gradients(OPERATORS[op].overload, args, keywords)
+    expected = gradients(OPERATORS[op].streamed, [*map(wide, args)], {key: wide(x) for key, x in keywords.items()})
+    assert calls
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).norm() <= 2 * BOUND[dtype] * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", ["gla", "gla_vec", "delta", "hybrid"])
+def test_a_compiled_graph_has_the_same_gradients(name):
+    op, args, keywords = MAKERS[name](torch.bfloat16, 200, 64)
+    compiled = torch.compile(lambda *tokens: OPERATORS[op].overload(*tokens, **keywords), fullgraph=True)
+    for a, b in zip(gradients(compiled, args, {}), gradients(OPERATORS[op].overload, args, keywords), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
@@ -213,15 +229,18 @@ def test_hybrid_steps_replay_from_one_cuda_graph():
     assert all(torch.equal(pools[name], checked[name]) for name in pools)
 
 
-def test_gla_steps_replay_from_one_cuda_graph_with_other_rows():
+@pytest.mark.parametrize("name", ["gla_step", "gla_vec_step", "delta_step"])
+def test_steps_replay_from_one_cuda_graph_with_other_rows(name):
     q, k, v = (normal(3, 1, h, 64, dtype=torch.bfloat16, seed=h) for h in (8, 2, 2))
-    g, pool = gates(3, 1, 2), torch.zeros(9, 2, 64, 64, device=DEVICE)
-    index = torch.tensor([0, 1, 2], device=DEVICE)
-    graph, o = captured(lambda: OPERATORS["gla_step"].overload(q, k, v, g, pool, index, scale=0.1))
+    g, pool = gates(3, 1, 2, 64), torch.zeros(9, 2, 64, 64, device=DEVICE)
+    more = {"gla_step": (g[..., 0],), "gla_vec_step": (g,), "delta_step": (g[..., 0].exp(), g[..., 1])}[name]
+    index, keywords = torch.tensor([0, 1, 2], device=DEVICE), {"scale": 0.1}
+    keywords |= {"l2norm": True} if name == "delta_step" else {}
+    graph, o = captured(lambda: OPERATORS[name].overload(q, k, v, *more, pool, index, **keywords))
     for rows in ([3, 8, 0], [8, 2, 5]):
         index.copy_(torch.tensor(rows))
         before = pool.double()
-        expected = OPERATORS["gla_step"].reference(*map(wide, (q, k, v, g)), before, index, scale=0.1)
+        expected = OPERATORS[name].reference(*map(wide, (q, k, v, *more)), before, index, **keywords)
         graph.replay()
         assert_near((o, pool), (expected, before), torch.bfloat16)
 

@@ -50,10 +50,10 @@ def test_every_kind_of_case_is_right_before_it_is_timed(bench):
         case.bars = {name: bar for name, bar in case.bars.items() if name == "copy"}
     with torch.no_grad(), honest():
         rows = [bench.measure(case, lambda call: 1.0, 1000.0) for case in cases]
-    assert len(rows) == 7
-    assert [row.wrong for row in rows] == [""] * 7
+    assert len(rows) == 9
+    assert [row.wrong for row in rows] == [""] * 9
     assert all(row.error > 0 for row in rows)
-    assert sum(row.bandwidth > 0 for row in rows) == 3
+    assert sum(row.bandwidth > 0 for row in rows) == 5
     with (console := Console(width=160)).capture() as text:
         console.print(bench.shown(rows))
     assert "hybrid_step w=64 F=128 B=1" in text.get()
