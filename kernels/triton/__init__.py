@@ -18,7 +18,7 @@ from linearize.kernels import cpu
 from linearize.kernels.registry import Check, Kernel, register, register_backward
 
 OLDEST_CAPABILITY = (8, 0)
-WIDEST, WIDEST_LATENT = 256, 640
+WIDEST, WIDEST_LATENT, WIDEST_HYBRID_BACKWARD = 256, 640, 128
 POOLS = ("ring_k", "ring_v", "ring_f", "s", "z", "sink_k", "sink_v")
 HALVES_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -94,6 +94,16 @@ def check_backward(
     return check_line(*inputs[:3])
 
 
+def check_hybrid_backward(
+    inputs: Sequence[Any], gradients: Sequence[Any], needed: Sequence[bool], keywords: dict[str, Any]
+) -> str | None:
+    """A program holds rows of queries, values and both their gradients."""
+    widest = max(inputs[0].shape[-1], inputs[2].shape[-1])
+    if widest > WIDEST_HYBRID_BACKWARD:
+        return f"head dim {widest}, at most {WIDEST_HYBRID_BACKWARD} backward"
+    return check_backward(inputs, gradients, needed, keywords)
+
+
 def check_device(q: torch.Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else OLDEST_CAPABILITY
     return None if capability >= OLDEST_CAPABILITY else f"compute capability {capability}, needs {OLDEST_CAPABILITY}"
@@ -109,9 +119,10 @@ def _register(op: str, priority: int, check: Check, module: str, function: str) 
     return register(Kernel(f"triton.{function}", op, "cuda", priority, check, later(module, function), missing))
 
 
-def _register_backward(op: str, module: str) -> Kernel:
-    run = later(module, "from_autograd")
-    return register_backward(Kernel(f"triton.{module}", op, "cuda", 30, check_backward, run, missing))
+def _register_backward(op: str, module: str, check: Check = check_backward) -> Kernel:
+    return register_backward(
+        Kernel(f"triton.{module}", op, "cuda", 30, check, later(module, "from_autograd"), missing)
+    )
 
 
 GLA = _register("gla_chunk", 30, check_tokens, "gla", "gla_chunk")
@@ -130,7 +141,7 @@ GLA_VEC = _register("gla_vec_chunk", 30, check_several, "gla_vec", "gla_vec_chun
 
 GLA_BACKWARD = _register_backward("gla_chunk", "gla_backward")
 GLA_VEC_BACKWARD = _register_backward("gla_vec_chunk", "gla_vec_backward")
-HYBRID_BACKWARD = _register_backward("hybrid_chunk", "hybrid_backward")
+HYBRID_BACKWARD = _register_backward("hybrid_chunk", "hybrid_backward", check_hybrid_backward)
 DELTA_BACKWARD = _register_backward("delta_chunk", "delta_backward")
 
 # The streamed forms for the CPU are plain PyTorch, so they run on a GPU as they are, with memory linear in T.

@@ -197,7 +197,6 @@ CASES: dict[str, Case] = {
     "hybrid_backward bf16 d64": _hybrid_backward(BF16, 64),
     "hybrid_backward bf16 d128": _hybrid_backward(BF16, 128, far=True),
     "hybrid_backward fp32 d64": _hybrid_backward(FP32, 64),
-    "hybrid_backward bf16 d256": _hybrid_backward(BF16, 256),
     "hybrid bf16 d256": _hybrid(BF16, 256),
     "gla_step bf16 d128": _gla_step(BF16, 128),
     "gla_vec_step bf16 d128": _vec_and_delta_step(BF16, 128, "gla_vec"),

@@ -349,7 +349,8 @@ def _by_channel(
         return triton.cdiv(key_dim, config.blocks["BK"]), triton.cdiv(length, ROW), batch * out_heads
 
     constants = shared_constants(do, key_dim, value_dim, g) | {"ROWS": ROW}
-    _launch.launch(kernel, grid, args, constants, channel_configs(architecture(do), do, key_dim, value_dim))
+    writers = kernel is gla_vec_dk_kernel
+    _launch.launch(kernel, grid, args, constants, channel_configs(architecture(do), do, key_dim, value_dim, writers))
     return out
 
 
@@ -375,10 +376,10 @@ def gradient_state_configs(arch: int, x: Tensor, key_dim: int, value_dim: int) -
     return (Config(8, 1, {"BK": block(key_dim, 32), "BV": block(value_dim, 32)}),)
 
 
-def channel_configs(arch: int, x: Tensor, key_dim: int, value_dim: int) -> tuple[Config, ...]:
+def channel_configs(arch: int, x: Tensor, key_dim: int, value_dim: int, writers: bool) -> tuple[Config, ...]:
     """Blocks of channels are all the parallelism within a row, and a row's own pairs need the registers."""
     if x.element_size() > 2:
-        return (Config(4, 1, {"BK": 16, "BV": 16}),)
+        return (Config(8 if writers and arch < 90 else 4, 1, {"BK": 16, "BV": 16}),)
     return (Config(4, 1, {"BK": block(key_dim, 32), "BV": block(value_dim, 64)}),)
 
 

@@ -393,13 +393,11 @@ def query_configs(arch: int, x: Tensor, dim: int) -> tuple[Config, ...]:
     if x.element_size() > 2:
         return (Config(8, 1, {"C": 32, "BN": 16}),)
     if dim <= 64:
-        return (Config(4, 1, {"C": CHUNK, "BN": 64}),)
-    if dim <= 128:
-        return (Config(8, 1, {"C": CHUNK, "BN": 32}) if arch >= 90 else Config(4, 1, {"C": 32, "BN": 32}),)
-    return (Config(8, 1, {"C": 16, "BN": 16 if arch < 90 else 32}),)
+        return (Config(4, 1, {"C": CHUNK, "BN": 64 if arch >= 90 else 32}),)
+    return (Config(8, 1, {"C": CHUNK, "BN": 32}) if arch >= 90 else Config(4, 1, {"C": 32, "BN": 32}),)
 
 
 def key_configs(arch: int, x: Tensor, dim: int) -> tuple[Config, ...]:
     if x.element_size() > 2:
         return (Config(8, 1, {"BN": 32, "BM": 16}),)
-    return (Config(4 if dim <= 128 else 8, 1, {"BN": 64 if dim <= 64 else 32, "BM": 32}),)
+    return (Config(4, 1, {"BN": 64 if dim <= 64 else 32, "BM": 32}),)

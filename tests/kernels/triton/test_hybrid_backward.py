@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from linearize.kernels import triton
 from linearize.kernels.triton import hybrid_backward
 from linearize.ops import hybrid_chunk
 from linearize.ops._backward import BACKWARDS, Backward
@@ -87,6 +88,12 @@ def test_bfloat16_errs_at_most_twice_as_much_as_pytorch_does():
         return [eager_bf16(dict(zip(INPUTS, given, strict=True)) | keywords)]
 
     assert_errs_at_most_twice(found, given_of(gradients(eager, args, upstream[:1])), truth(args, upstream, keywords))
+
+
+def test_heads_wider_than_its_registers_hold_are_declined():
+    q, k, v = (torch.empty(1, 3, 2, dim) for dim in (64, 64, 160))
+    assert triton.check_hybrid_backward([q, k, v], (), (), {}) == "head dim 160, at most 128 backward"
+    assert triton.check_hybrid_backward([q, k, k], (), (), {}) is None
 
 
 @pytest.mark.parametrize("used", ["o", "s", "all"])
