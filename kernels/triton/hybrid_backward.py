@@ -281,8 +281,9 @@ class _Extras:
     ) -> None:
         given, heads = [q, k, v, logits], q.shape[2]
         self.given = given
-        self.leaves = [x if x is None else x.detach().to(tops.dtype).requires_grad_() for x in given]
-        dmass = dmass.clone()  # autograd keeps it, and the kernels are handed the other
+        # Copies: autograd keeps them, and the kernels are handed the originals.
+        self.leaves = [x if x is None else x.detach().to(tops.dtype, copy=True).requires_grad_() for x in given]
+        dmass = dmass.clone()
         natural = (tops * math.log(2)).masked_fill(tops == float("-inf"), 0.0)
         maxima = []
         with torch.enable_grad():
