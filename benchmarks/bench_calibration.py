@@ -47,7 +47,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FIGURES, PAGE = DOCS / "calibration_figures.json", DOCS / "calibration-figures.md"
 PLOT = DOCS / "calibration-recall.svg"
 WINDOW, TOKENS, LENGTH, TEXT_ROWS, EPOCHS = 32, 32_768, 512, 16, 4
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SMALL = f"window={WINDOW},features=32,sinks=0"  # the size of the reference
 CONTEXT, SEGMENT, RECALL_ROWS = 2048, 32, 4
 EDGES = (33, 65, 129, 257, 513, 1025, 2001)
@@ -142,6 +142,10 @@ class Bench:
             "lolcats, closed form, then 1 pass": (f"lolcats{{{SMALL}}}", {"passes": 1, "learning_rate": 0.03}),
             f"lolcats, closed form, then {EPOCHS} passes": (
                 f"lolcats{{{SMALL}}}", {"passes": EPOCHS, "learning_rate": 0.03}),
+            "lolcats, closed form, then 1 pass at rate 0.1": (
+                f"lolcats{{{SMALL}}}", {"passes": 1, "learning_rate": 0.1}),
+            f"lolcats, closed form, then {EPOCHS} passes at rate 0.1": (
+                f"lolcats{{{SMALL}}}", {"passes": EPOCHS, "learning_rate": 0.1}),
             "lizard with maps, closed form": (f"lizard{{window={WINDOW},maps=true}}", plain),
             "gla with maps, closed form": (f"gla{{window={WINDOW},maps=true}}", plain),
         }  # fmt: skip
@@ -225,7 +229,46 @@ def write_page(known: dict[str, Any]) -> None:
         console.print(figure.drawn())
     if known.get("recall"):
         PLOT.write_text(plot(known["recall"]))
-    PAGE.write_text(HEAD + "\n\n".join(figure.markdown() for figure in figures) + NOTES)
+    PAGE.write_text(HEAD + "\n\n".join(figure.markdown() for figure in figures) + NOTES + reading(known))
+
+
+def reading(known: dict[str, Any]) -> str:
+    """What the tables say, in words made from the same numbers."""
+    lines = ["", "## Reading", ""]
+    fit = known.get("fit", {})
+    alone = {name: row for name, row in fit.items() if name.startswith("LoLCATs")}
+    if alone and "slots, nothing fitted" in fit:
+        best = min(alone.values(), key=lambda row: row["mse"])
+        searched = sum(row["seconds"] for row in alone.values())
+        half = fit[f"window of {WINDOW}"]["mse"] / 2
+        lines.append(
+            f"- The best run by gradients alone reaches MSE {best['mse']:.4f} and perplexity "
+            f"{best['perplexity']:.2f} in {best['seconds']:.0f} s, {searched:.0f} s with the search of its rate "
+            f"({len(alone)} rates). Half of the window's MSE is {half:.4f}."
+        )
+        ours = [name for name in fit if name.startswith(("slots", "lolcats"))]
+        lines += [_against(name, fit[name], best, searched, half) for name in ours]
+    ranges = known.get("recall", {})
+    if "hybrid" in ranges:
+        pairs = [(part, ranges["hybrid"]["by_distance"][part], value)
+                 for part, value in ranges["source"]["by_distance"].items()]  # fmt: skip
+        held = [f"{part}: {ours / theirs:.0%}" for part, ours, theirs in pairs if theirs > 0.1]
+        lost = [f"{part} (its own recall: {theirs:.1%})" for part, _, theirs in pairs if theirs <= 0.1]
+        lines.append(f"- Of the source's recall the hybrid (a quarter of the layers kept) has {', '.join(held)}.")
+        if lost:
+            lines.append(f"- The source itself does not recall at {', '.join(lost)}: there is nothing to recover.")
+    return "\n".join([*lines, ""])
+
+
+def _against(name: str, row: dict[str, Any], best: dict[str, Any], searched: float, half: float) -> str:
+    closer = "closer" if row["mse"] <= best["mse"] else "not as close"
+    reads = "no worse" if row["perplexity"] <= best["perplexity"] else "worse"
+    under = "under" if row["mse"] < half else "not under"
+    return (
+        f"- {name}: {closer} ({row['mse']:.4f}), perplexity {reads} ({row['perplexity']:.2f}), in "
+        f"{row['seconds']:.0f} s: {row['seconds'] / best['seconds']:.0%} of that one run, "
+        f"{row['seconds'] / searched:.0%} of the search; {under} half of the window's MSE."
+    )
 
 
 def fit_table(known: dict[str, Any]) -> Figure:
