@@ -92,11 +92,10 @@ def speed_page(found: dict[str, Any]) -> str:
     table = Figure("Milliseconds a decoded token on this CPU, one thread", ("model", "context", "measured", "predicted",
                    "ratio"), rows, words=("model",))  # fmt: skip
     plan = found["planning"]
+    timed = f"{table.markdown()}\n\nThe target `cpu` was timed just before. " if rows else ""
     return f"""## Decode time, and the time to plan
 
-{table.markdown()}
-
-The target `cpu` was timed just before. A model of {plan["layers"]} layers, {plan["heads"]} kv heads and
+{timed}A model of {plan["layers"]} layers, {plan["heads"]} kv heads and
 {plan["candidates"]} candidates is planned from scores in {plan["frontiers"]:.2f} s for what its layers can be, and
 {plan["ten budgets"]:.2f} s for ten budgets."""
 
