@@ -29,7 +29,7 @@ from _gqa_baseline import GqaModel, write_gqa_model
 
 import linearize
 from linearize.calibration import demo
-from linearize.export.runner import OnnxModel
+from linearize.export.runner import Decoder, OnnxModel
 
 CONTEXTS = (512, 4096, 16384)
 PIECE = 128
@@ -48,7 +48,7 @@ def source_model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, for_web: bool) -> None:
     """The exports of all engines, and a check that the hand-built source computes what the source computes."""
     model = source_model()
     write_gqa_model(model, folder / "gqa.onnx", CONTEXTS[-1] + 4096)
@@ -59,6 +59,8 @@ def prepare(folder: Path) -> None:
     compiled = linearize.compile(model, RECIPE, tokens=0, progress=False)
     linearize.export(compiled, folder / "fp32")
     linearize.export(compiled, folder / "int8", quantize="int8")
+    if for_web:
+        linearize.export(compiled, folder / "web", quantize="web")
 
 
 def engine(name: str, folder: Path, context: int, whole: bool) -> Step:
@@ -76,8 +78,13 @@ def engine(name: str, folder: Path, context: int, whole: bool) -> Step:
 
 
 def _artifact(runner: OnnxModel, state: list[Any]) -> Step:
+    decoder, one = Decoder(runner, state[0]), np.ones(1, np.int64)
+
     def step(count: int) -> None:
-        _, state[0] = runner.step(np.ones((1, count), np.int64), state[0])
+        if count == 1:
+            decoder.step(one)
+        else:
+            runner.step(np.ones((1, count), np.int64), state[0])
 
     return step
 
@@ -113,7 +120,9 @@ def measure(folder: Path, contexts: tuple[int, ...], rounds: int) -> dict[str, A
     """Milliseconds a decoded token and a token of a piece, by engine and context."""
     steps = {(name, context): engine(name, folder, context, whole=True) for name in ENGINES for context in contexts}
     best: dict[tuple[str, int, int], float] = {}
+    growth: dict[str, list[float]] = {name: [] for name in ENGINES}
     for _ in range(rounds):
+        now: dict[tuple[str, int], float] = {}
         for (name, context), step in steps.items():
             for length, repeats in ((1, 12), (PIECE, 1)):
                 started = time.process_time()
@@ -122,7 +131,12 @@ def measure(folder: Path, contexts: tuple[int, ...], rounds: int) -> dict[str, A
                 seconds = (time.process_time() - started) / (repeats * length)
                 key = name, context, length
                 best[key] = min(best.get(key, seconds), seconds)
-    return {
+                if length == 1:
+                    now[name, context] = seconds
+        for name, ratios in growth.items():
+            ratios.append(now[name, contexts[-1]] / now[name, contexts[0]])
+    paired = {name: {f"{contexts[-1]} over {contexts[0]}": float(np.median(growth[name]))} for name in ENGINES}
+    return {"decode, median of paired ratios": paired} | {
         kind: {name: {str(c): 1e3 * best[name, c, length] for c in contexts} for name in ENGINES}
         for kind, length in (("decode ms", 1), ("prefill ms", PIECE))
     }
@@ -167,9 +181,10 @@ def embedded(folder: Path, rounds: int) -> dict[str, Any]:
     best = dict.fromkeys(kinds, 1e9)
     for _ in range(rounds):
         for kind, runner in runners.items():
-            state, started = states[kind], time.process_time()
+            decoder, token = Decoder(runner, states[kind]), ids[0, :1]
+            started = time.process_time()
             for _ in range(30):
-                _, state = runner.step(ids[:1, :1], state)
+                decoder.step(token)
             best[kind] = min(best[kind], 1e3 * (time.process_time() - started) / 30)
     return {"perplexity": ppl, "decode ms": best}
 
@@ -183,15 +198,18 @@ def demo_tokens() -> np.ndarray:
 
 
 def web(folder: Path, node: Path) -> dict[str, float]:
-    """Seconds for 200 tokens in headless Chromium, float32 and the web flavour, the least of three runs each."""
+    """Seconds in headless Chromium, float32 and the web flavour, for 200 tokens after 40 and for one after 512: the
+    least of three runs each."""
     script = Path(__file__).parents[1] / "examples" / "javascript" / "browser.mjs"
     best: dict[str, float] = {}
     for _ in range(3):
-        for kind in ("fp32", "web"):
-            command = ["node", str(script), str(node), str(folder / f"demo-{kind}"), "200", *map(str, range(5, 45))]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds = float(done.stderr.split("seconds")[-1].split()[0])
-            best[kind] = min(best.get(kind, seconds), seconds)
+        for kind in ("demo-fp32", "demo-web", "fp32", "web"):
+            for prompt, count in ((40, 200), (512, 1)):
+                ids = [str(5 + place % 500) for place in range(prompt)]
+                command = ["node", str(script), str(node), str(folder / kind), str(count), *ids]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                seconds, name = float(done.stderr.split("seconds")[-1].split()[0]), f"{kind}, {count} after {prompt}"
+                best[name] = min(best.get(name, seconds), seconds)
     return best
 
 
@@ -212,20 +230,21 @@ def main() -> None:
     if arguments.hold:
         return hold(arguments.hold[0], Path(arguments.hold[1]), int(arguments.hold[2]))
     torch.set_num_threads(1)
-    contexts, rounds = (CONTEXTS[:2], 3) if arguments.quick else (CONTEXTS, 4)
+    contexts, rounds = (CONTEXTS[:2], 3) if arguments.quick else (CONTEXTS, 8)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(folder)
+        prepare(folder, bool(arguments.web))
         figures = measure(folder, contexts, rounds)
         for kind in ("decode ms", "prefill ms"):
             show(f"{kind} a token", figures[kind])
+        show("decode, median of paired ratios", figures["decode, median of paired ratios"])
         figures["resident MiB"] = memory(folder, contexts)
         show("resident MiB", figures["resident MiB"], 0)
         figures["embedded"] = embedded(folder, rounds)
         print("\nembedded model:", json.dumps(figures["embedded"]))
         if arguments.web:
-            figures["Chromium seconds for 200 tokens"] = web(folder, arguments.web)
-            print("in Chromium:", json.dumps(figures["Chromium seconds for 200 tokens"]))
+            figures["Chromium seconds"] = web(folder, arguments.web)
+            print("in Chromium:", json.dumps(figures["Chromium seconds"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

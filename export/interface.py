@@ -1,14 +1,16 @@
-"""What the exported graph takes and gives: tokens, and states, one tensor each (`Plain`) or packed (`genai.py`)."""
+"""What the exported graph takes and gives: tokens, and states, one tensor each (`Plain`, `Compact`) or packed in one a
+layer (`genai.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from linearize.errors import ExportError
 from linearize.export.names import PAST, PRESENT
 from linearize.program import StateTensor
 
@@ -71,6 +73,91 @@ class Plain:
 
     def pack(self, states: Mapping[str, Tensor]) -> list[Tensor]:
         return list(states.values())
+
+
+class Compact:
+    """States as the operators of the exported graph read them.
+
+    Rings and sinks stand heads first, [G,n,d] instead of [n,G,d], so that none is transposed at every step. Which
+    tokens a ring holds is the same in all layers of one window with as many sinks, so they share one `ring_mask`. With
+    `join`, a normaliser z [G,F] is the last column of its sum s [G,F,dv], as LinearAttention updates both at once.
+    """
+
+    def __init__(self, compiled: LinearizedModel, join: bool) -> None:
+        plain = Plain(compiled)
+        self.token_inputs = plain.token_inputs
+        specs = {spec.name: spec for spec in compiled.state_specs}
+        first: dict[tuple[int, ...], str] = {}
+        self.source = {name: first.setdefault(_kind_of_mask(name, specs), name) if name.endswith(MASKS) else name
+                       for name in specs}  # fmt: skip
+        self.joined = {name + "_s": name + "_z" for name in stems(specs)} if join else {}
+        hidden = {name for name, source in self.source.items() if source != name} | set(self.joined.values())
+        self.stored = [name for name in specs if name not in hidden]
+        self.turned = {name for name in specs if name.endswith(TURNED) and len(specs[name].shape) == 3}
+        self.ports = tuple(Port(PAST + name, PRESENT + name, self._spec(specs[name])) for name in self.stored)
+        self.module: nn.Module = _Compact(compiled.graph_module, self, len(self.token_inputs()))
+
+    def _spec(self, spec: StateTensor) -> StateTensor:
+        if spec.name in self.joined:
+            return replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] + 1))
+        if spec.name not in self.turned:
+            return spec
+        count, heads, dim = spec.shape
+        return replace(spec, shape=(heads, count, dim))
+
+    def pack(self, states: Mapping[str, Tensor]) -> list[Tensor]:
+        for name, source in self.source.items():
+            if source != name and not torch.equal(states[name], states[source]):
+                raise ExportError(f"{name} and {source} hold other tokens, though their windows are alike")
+        return self.store(states)
+
+    def store(self, states: Mapping[str, Tensor]) -> list[Tensor]:
+        return [self._stored(name, states) for name in self.stored]
+
+    def _stored(self, name: str, states: Mapping[str, Tensor]) -> Tensor:
+        if name in self.turned:
+            return states[name].transpose(1, 2).contiguous()
+        if name in self.joined:
+            return torch.cat([states[name], states[self.joined[name]].unsqueeze(-1)], dim=-1)
+        return states[name]
+
+    def restore(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """The model's states in its order."""
+        held = dict(zip(self.stored, stored, strict=True))
+        found = {name: held[source].transpose(1, 2) if name in self.turned else held[source]
+                 for name, source in self.source.items() if source in held}  # fmt: skip
+        for name, norm in self.joined.items():
+            found[name], found[norm] = held[name][..., :-1], held[name][..., -1:].squeeze(-1)
+        return [found[name] for name in self.source]
+
+
+MASKS, TURNED = "_ring_mask", ("_ring_k", "_ring_v", "_sink_k", "_sink_v")
+
+
+def stems(specs: Mapping[str, StateTensor]) -> list[str]:
+    """What sums with a normaliser are called without their last letter."""
+    found = [name.removesuffix("_z") for name in specs if name.endswith("_z")]
+    pairs = [(stem, specs.get(stem + "_s"), specs[stem + "_z"]) for stem in found]
+    return [stem for stem, sums, norm in pairs if sums is not None and sums.shape[:-1] == norm.shape]
+
+
+def _kind_of_mask(name: str, specs: Mapping[str, StateTensor]) -> tuple[int, ...]:
+    """(keys in the window, sinks)."""
+    sinks = specs.get(name.removesuffix(MASKS) + "_sink_k")
+    return (*specs[name].shape, sinks.shape[0] if sinks else 0)
+
+
+class _Compact(nn.Module):
+    """(tokens, stored states) -> (logits, stored states)."""
+
+    def __init__(self, graph: nn.Module, compact: Compact, tokens: int) -> None:
+        super().__init__()
+        self.graph_module, self.compact, self.tokens = graph, compact, tokens
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        states = self.compact.restore(inputs[self.tokens :])
+        logits, *new = self.graph_module(*inputs[: self.tokens], *states)
+        return (logits, *self.compact.store(dict(zip(self.compact.source, new, strict=True))))
 
 
 def example_inputs(interface: Interface) -> tuple[tuple[Tensor, ...], list[Dims]]:

@@ -7,10 +7,11 @@ lie in a safetensors file beside it, each content once.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -21,8 +22,7 @@ from torch import fx
 from linearize.errors import ExportError
 from linearize.export.interface import Interface, example_inputs
 from linearize.export.names import GRAPH_FILE, LOGITS, OPSET
-from linearize.export.native import native_decompositions
-from linearize.ops import decompositions
+from linearize.export.native import native_decompositions, portable_decompositions
 from linearize.program import MIXERS, node_scope
 
 if TYPE_CHECKING:
@@ -41,9 +41,29 @@ def write_onnx(compiled: LinearizedModel, folder: Path, interface: Interface, po
 
     model = translate(compiled, interface, portable)
     rename(model, interface)
-    onnx_graph.tidy(model)
+    onnx_graph.tidy(model, portable, is_own(compiled))
     save(model, folder)
     _check(folder / GRAPH_FILE, portable)
+
+
+def is_own(compiled: LinearizedModel) -> Callable[[ir.Value], bool]:
+    """Whether a value of the graph is a weight of a mixer, as it is or transposed."""
+    from linearize.export.quantize import digest, forms
+
+    own = {digest(form) for tensor in own_weights(compiled) for form in forms(tensor)}
+    shapes = {shape for shape, _ in own}
+
+    def is_one(value: ir.Value) -> bool:
+        tensor = value.const_value
+        if tensor is None or tuple(tensor.shape) not in shapes:
+            return False
+        return digest(tensor.numpy()) in own
+
+    return is_one
+
+
+def own_weights(compiled: LinearizedModel) -> list[torch.Tensor]:
+    return [p for name, p in compiled.source.module.named_parameters() if name.startswith(MIXERS)]
 
 
 def write_quantized(compiled: LinearizedModel, before: Path, folder: Path, kind: str) -> int:
@@ -53,8 +73,7 @@ def write_quantized(compiled: LinearizedModel, before: Path, folder: Path, kind:
     from linearize.export.quantize import quantize
 
     model = ir.load(before / GRAPH_FILE)
-    own = [p for name, p in compiled.source.module.named_parameters() if name.startswith(MIXERS)]
-    count = quantize(model, kind, own)
+    count = quantize(model, kind, own_weights(compiled))
     save(model, folder)
     return count
 
@@ -71,7 +90,7 @@ def save(model: ir.Model, folder: Path) -> None:
 def translate(compiled: LinearizedModel, interface: Interface, portable: bool) -> ir.Model:
     """torch.export, decompose and translate; names and weights are still the exporter's."""
     inputs, dims = example_inputs(interface)
-    table = decompositions() if portable else native_decompositions()
+    table = portable_decompositions() if portable else native_decompositions()
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(interface.module, inputs, dynamic_shapes=_by_argument(interface, dims))
@@ -85,10 +104,11 @@ def translate(compiled: LinearizedModel, interface: Interface, portable: bool) -
 
 
 def _by_argument(interface: Interface, dims: list[Any]) -> tuple[Any, ...]:
-    """Dims in the form of the signature: states that come as *states are one tuple."""
+    """Dims in the form of the signature: inputs that come as *states are one tuple."""
     if isinstance(interface.module, fx.GraphModule):
         return tuple(dims)
-    first = len(interface.token_inputs())
+    parameters = inspect.signature(interface.module.forward).parameters.values()
+    first = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return (*dims[:first], tuple(dims[first:]))
 
 

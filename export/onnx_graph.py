@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from linearize.export.onnx_norms import fuse_norms
+from linearize.export.names import CONTRIB
+from linearize.export.onnx_layout import tidy_layout
+from linearize.export.onnx_norms import fuse_norms, fuse_skips
+from linearize.export.onnx_products import merge_products
+from linearize.export.onnx_rotary import fuse_rotations
+
+SMALL = 1 << 16  # bytes
 
 
 def symbols_of(value: ir.Value) -> list[str]:
@@ -48,13 +54,23 @@ def _named(dim: int | ir.SymbolicDim, pattern: re.Pattern[str], symbols: dict[st
     return ir.SymbolicDim(pattern.sub(lambda match: symbols[match.group()], str(dim.value)))
 
 
-def tidy(model: ir.Model) -> None:
-    """Equal nodes and weights once, a norm one node, a tied head on the embedding, nothing unused, no stack traces."""
+def tidy(model: ir.Model, portable: bool, is_own: Callable[[ir.Value], bool]) -> None:
+    """Fewer nodes with the same results, nothing twice, nothing unused, no stack traces. `is_own`: a mixer's weight."""
+    graph = model.graph
     simplify(model)
-    fuse_norms(model.graph)
-    tie_heads(model.graph)
-    lay_out_weights(model.graph)
-    common.DeduplicateHashedInitializersPass()(model)
+    fuse_norms(graph)
+    tidy_layout(graph)
+    common.RemoveUnusedNodesPass()(model)
+    fuse_rotations(graph)
+    tidy_layout(graph)
+    tie_heads(graph)
+    merge_products(graph, is_own)
+    if not portable:
+        fuse_skips(graph)
+        model.opset_imports[CONTRIB] = 1
+    lay_out_weights(graph)
+    common.DeduplicateInitializersPass(size_limit=SMALL)(model)
+    common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
 
@@ -73,10 +89,11 @@ def simplify(model: ir.Model) -> None:
 
 
 def lay_out_weights(graph: ir.Graph) -> None:
-    """Folded transpositions are views; make them contiguous, as hashing and writing want them."""
+    """Folded transpositions are views; small ones are made contiguous, as finding equal ones wants them. Large ones
+    stay views until they are written, so that there is no second copy of the weights."""
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and not tensor.numpy().flags.c_contiguous:
+        if tensor is not None and tensor.nbytes <= SMALL and not tensor.numpy().flags.c_contiguous:
             value.const_value = ir.tensor(np.asarray(tensor.numpy(), order="C"), dtype=tensor.dtype, name=value.name)
 
 

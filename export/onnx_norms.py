@@ -1,4 +1,5 @@
-"""RMS norms written out, seven nodes each, become one RMSNormalization, standard since opset 23.
+"""RMS norms written out, seven nodes each, become one RMSNormalization, standard since opset 23; in the native flavour
+onnxruntime's SkipSimplifiedLayerNormalization takes in the residual's sum before it.
 
 Mul(w, Mul(x, Reciprocal(Sqrt(Add(ReduceMean(Pow(x, 2), -1), epsilon)))))
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+from linearize.export.names import CONTRIB
 
 CHAIN = ("ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Mul")
 
@@ -39,6 +42,35 @@ def _fuse(graph: ir.Graph, power: ir.Node) -> int:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(weighted, safe=True)
     new.name = name
+    return 1
+
+
+def fuse_skips(graph: ir.Graph) -> int:
+    """RMSNormalization(a + b) as one node that gives the sum too; how many there were."""
+    return sum(_fuse_skip(graph, node) for node in list(graph) if node.op_type == "RMSNormalization")
+
+
+def _fuse_skip(graph: ir.Graph, norm: ir.Node) -> int:
+    total = norm.inputs[0]
+    add = None if total is None else total.producer()
+    if total is None or add is None or add.op_type != "Add" or total.shape is None or len(total.shape) != 3:
+        return 0
+    same = all(value is not None and value.shape == total.shape for value in add.inputs)
+    if not same or norm.attributes.get_int("axis", -1) != -1 or total.is_graph_output():
+        return 0
+    attributes = {"epsilon": norm.attributes.get_float("epsilon", 1e-5)}
+    fused = ir.node(
+        "SkipSimplifiedLayerNormalization", [*add.inputs, norm.inputs[1]], attributes=attributes, domain=CONTRIB,
+        num_outputs=4,
+    )  # fmt: skip
+    graph.insert_before(add, [fused])
+    for old, new in ((norm.outputs[0], fused.outputs[0]), (total, fused.outputs[3])):
+        new.shape, new.type, name = old.shape, old.type, old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.remove(old.producer(), safe=True)  # type: ignore[arg-type]
+        new.name = name
+    for unused in fused.outputs[1:3]:
+        unused.name = ""
     return 1
 
 

@@ -29,7 +29,7 @@ def quantize(model: ir.Model, kind: str, kept: Iterable[torch.Tensor]) -> int:
     Raises:
         ExportError: there is no weight to quantise.
     """
-    left = {_digest(form) for tensor in kept for form in _forms(tensor)}
+    left = {digest(form) for tensor in kept for form in forms(tensor)}
     if kind == "web":
         undo_tied_heads(model.graph)
     done = sum(_rewrite(model.graph, node, kind, left) for node in list(model.graph))
@@ -42,7 +42,7 @@ def quantize(model: ir.Model, kind: str, kept: Iterable[torch.Tensor]) -> int:
     return done
 
 
-def _forms(tensor: torch.Tensor) -> list[np.ndarray]:
+def forms(tensor: torch.Tensor) -> list[np.ndarray]:
     """A matrix and its transpose: the exporter stores either."""
     if tensor.ndim != 2:
         return []
@@ -50,14 +50,14 @@ def _forms(tensor: torch.Tensor) -> list[np.ndarray]:
     return [np.ascontiguousarray(array), np.ascontiguousarray(array.T)]
 
 
-def _digest(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
+def digest(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, kind: str, left: set[tuple[tuple[int, ...], bytes]]) -> int:
     place = {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
     weight = None if place is None or node.domain else _weight(node, place)
-    if weight is None or min(weight.shape) < SMALLEST or _digest(weight) in left:
+    if weight is None or min(weight.shape) < SMALLEST or digest(weight) in left:
         return 0
     if node.op_type == "Gather":
         return _embedding(graph, node, weight, kind)

@@ -75,6 +75,7 @@ class OnnxModel:
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._inputs = [entry["name"] for entry in self.manifest["inputs"]]
         self._states = self.manifest["states"]
+        self.grows = any(entry.get("grows") is not None for entry in self._states)
         self._outputs = ["logits", *(entry["out"] for entry in self._states)]
 
     def verify(self) -> None:
@@ -121,9 +122,7 @@ class OnnxModel:
         """
         ids = self._checked(input_ids)
         state = state or self.empty_state(ids.shape[0])
-        limit = self.manifest.get("max_positions")
-        if limit is not None and state.tokens + ids.shape[1] > limit:
-            raise DataError(f"{state.tokens + ids.shape[1]} tokens pass the source's {limit} learned positions")
+        self.check_room(state.tokens + ids.shape[1])
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
         if mask.shape != ids.shape:
             raise DataError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
@@ -134,6 +133,12 @@ class OnnxModel:
         logits, *new = self.session.run_with_ort_values(self._outputs, {**feeds, **state.values})
         values = {entry["in"]: value for entry, value in zip(self._states, new, strict=True)}
         return logits.numpy(), OnnxState(values, state.tokens + ids.shape[1])
+
+    def check_room(self, tokens: int) -> None:
+        """Raise `DataError` if that many tokens are more than the source has learned positions for."""
+        limit = self.manifest.get("max_positions")
+        if limit is not None and tokens > limit:
+            raise DataError(f"{tokens} tokens pass the source's {limit} learned positions")
 
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[np.ndarray, OnnxState]:
         """A prompt int [B, T] in pieces of the manifest's size -> (logits [B, V] after its last token, state)."""
@@ -151,10 +156,15 @@ class OnnxModel:
         if max_new_tokens < 1:
             return
         logits, state = self.prefill(input_ids, attention_mask)
+        decoder = None if self.grows or self.manifest["vocab_size"] is None else Decoder(self, state)
         for count in range(max_new_tokens):
             tokens = logits.argmax(axis=-1).astype(np.int64)
             yield tokens
-            if count + 1 < max_new_tokens:
+            if count + 1 == max_new_tokens:
+                return
+            if decoder is not None:
+                logits = decoder.step(tokens)
+            else:
                 step_logits, state = self.step(tokens[:, None], state)
                 logits = step_logits[:, -1]
 
@@ -182,6 +192,56 @@ class OnnxModel:
         if vocab_size is not None and (ids.min() < 0 or ids.max() >= vocab_size):
             raise DataError(f"token ids {ids.min()}..{ids.max()} are not all within the vocabulary 0..{vocab_size - 1}")
         return np.asarray(ids.astype(np.int64), order="C")
+
+
+class Decoder:
+    """Single steps with everything bound once: two sets of states that change places, so that a step allocates and
+    copies nothing. On small models that is a third of its time. Needs states that do not grow; the one that it starts
+    from stays as it is.
+
+    >>> decoder = Decoder(model, state)
+    >>> logits = decoder.step(tokens)  # int64 [B] -> float32 [B, V]
+    """
+
+    def __init__(self, model: OnnxModel, state: OnnxState) -> None:
+        self.model, self.tokens = model, state.tokens
+        rows = next(entry["in"] for entry in model.manifest["states"] if entry["shape"][:1] == ["batch"])
+        batch = state.values[rows].shape()[0]
+        value, column = model._value, np.ones((batch, 1), dtype=np.int64)
+        self.inputs = {entry["name"]: value(column.copy()) for entry in model.manifest["inputs"]}
+        seen = state.values.get("past.seen")
+        self.positions = None if seen is None else seen.numpy()[:, None].copy()
+        vocabulary = model.manifest["vocab_size"]
+        self.logits = value(np.zeros((batch, 1, vocabulary), dtype=np.float32))
+        ping, pong = ({name: value(np.zeros_like(held.numpy())) for name, held in state.values.items()} for _ in "ab")
+        self.bindings = [self._bound(*pair) for pair in ((state.values, ping), (ping, pong), (pong, ping))]
+        self.turn = 0
+
+    def _bound(self, now: dict[str, Any], then: dict[str, Any]) -> Any:
+        binding = self.model.session.io_binding()
+        for name, value in self.inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for entry in self.model.manifest["states"]:
+            binding.bind_ortvalue_input(entry["in"], now[entry["in"]])
+            binding.bind_ortvalue_output(entry["out"], then[entry["in"]])
+        binding.bind_ortvalue_output("logits", self.logits)
+        return binding
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """The logits after one more token a row.
+
+        Raises:
+            DataError: more tokens than the source's learned positions.
+        """
+        self.model.check_room(self.tokens + 1)
+        self.inputs["input_ids"].update_inplace(np.ascontiguousarray(tokens, dtype=np.int64)[:, None])
+        if "position_ids" in self.inputs and self.positions is not None:
+            self.inputs["position_ids"].update_inplace(self.positions)
+            self.positions = self.positions + 1
+        self.model.session.run_with_iobinding(self.bindings[self.turn])
+        self.turn = 2 if self.turn == 1 else 1
+        self.tokens += 1
+        return np.asarray(self.logits.numpy()[:, 0])
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

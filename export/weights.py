@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from linearize.errors import ArtifactError
 from linearize.export.names import WEIGHTS_FILE
@@ -19,6 +15,9 @@ from linearize.export.names import WEIGHTS_FILE
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+DTYPES = {"FLOAT": "F32", "DOUBLE": "F64", "FLOAT16": "F16", "INT64": "I64", "INT32": "I32", "INT8": "I8",
+          "UINT8": "U8", "BOOL": "BOOL"}  # fmt: skip
+ALIGNED = 8  # bytes
 SMALLEST = 1024  # bytes; shapes and scalars stay in the graph, where the runtime's constant folding sees them
 
 
@@ -33,12 +32,11 @@ def move_weights(model: ir.Model, folder: Path) -> None:
     }
     stored = first_of_each_content(values)
     path = folder / WEIGHTS_FILE
-    tensors = {name: _as_torch(value.const_value) for name, value in values.items() if stored[name] == name}
+    kept = {name: value.const_value for name, value in values.items() if stored[name] == name}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise ArtifactError(f"cannot write the weights beside {folder.parent}: {error}") from error
-    path.chmod(0o644)
+        write_tensors(kept, path)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ArtifactError(f"cannot write the weights beside {folder.parent}: {error.strerror or error}") from error
     ranges = read_ranges(path)
     for name, value in values.items():
         old, (offset, length) = value.const_value, ranges[stored[name]]
@@ -48,6 +46,23 @@ def move_weights(model: ir.Model, folder: Path) -> None:
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE, offset, length, old.dtype, shape=shape, name=name, base_dir=folder
         )
+
+
+def write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path) -> None:
+    """A safetensors file, one tensor in memory at a time: transposed and joined weights are made then."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
+        stop = start + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype.name], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNED)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(contiguous(tensor).reshape(-1).view(np.uint8).data)
 
 
 def first_of_each_content(values: dict[str, ir.Value]) -> dict[str, str]:
@@ -60,17 +75,12 @@ def first_of_each_content(values: dict[str, ir.Value]) -> dict[str, str]:
 
 
 def _digest(tensor: ir.TensorProtocol | None) -> bytes:
-    return hashlib.sha256(_as_torch(tensor).reshape(-1).view(torch.uint8).numpy().data).digest()
+    return hashlib.sha256(contiguous(tensor).reshape(-1).view(np.uint8).data).digest()
 
 
-def _as_torch(tensor: ir.TensorProtocol | None) -> torch.Tensor:
+def contiguous(tensor: ir.TensorProtocol | None) -> np.ndarray:
     assert tensor is not None
-    raw = getattr(tensor, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return raw.detach().contiguous()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a mapped file is read-only, and nobody writes here
-        return torch.from_numpy(np.asarray(tensor.numpy(), order="C"))
+    return np.ascontiguousarray(tensor.numpy())
 
 
 def read_ranges(path: Path) -> dict[str, tuple[int, int]]:

@@ -83,7 +83,7 @@ def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> No
     from linearize.export.parity import check_parity
     from linearize.export.probe import take_probe
 
-    interface = _interface(compiled, options.genai)
+    interface = _interface(compiled, options.genai, not options.portable)
     write_onnx(compiled, folder, interface, options.portable)
     _copy_files(compiled, folder)
     if isinstance(interface, genai.Packed):
@@ -99,11 +99,11 @@ def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> No
     write_manifest(manifest.model_copy(update=changes | {"probe": take_probe(folder)}), folder)
 
 
-def _interface(compiled: LinearizedModel, packed: bool) -> Interface:
+def _interface(compiled: LinearizedModel, packed: bool, native: bool) -> Interface:
     from linearize.export.genai import Packed
-    from linearize.export.interface import Plain
+    from linearize.export.interface import Compact
 
-    return Packed(compiled) if packed else Plain(compiled)
+    return Packed(compiled) if packed else Compact(compiled, join=native)
 
 
 def _quantize(compiled: LinearizedModel, folder: Path, kind: str) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def compare(compiled: LinearizedModel, directory: str | Path) -> float:
     if manifest.quantization is not None:
         kind = manifest.quantization.kind
         raise ExportError(f"{directory} is quantised ({kind}): it does not equal any model exactly")
-    interface = _interface(compiled, any(entry.parts for entry in manifest.states))
+    packed, native = any(entry.parts for entry in manifest.states), CONTRIB in manifest.domains
+    interface = _interface(compiled, packed, native)
     names = [entry.input for entry in manifest.states]
     if names != [port.past for port in interface.ports]:
         raise ExportError(f"{directory} has other states than this compiled model: it is another model's")
