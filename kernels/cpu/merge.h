@@ -211,15 +211,13 @@ static void merge_round(float *x, float *n, int64_t items, int64_t size, int64_t
 static void merge_head(float *x, float *n, int64_t items, int64_t width, int64_t dim, const int64_t *sizes,
                        int64_t rounds, int64_t sinks, bench *s) {
     int64_t held = items;
-    float centre[dim], *known = s->known;
+    float centre[dim];
     for (int64_t j = 0; j < items; j++) s->order[j] = j;
-    if (rounds < 2) s->known = NULL;
     if (s->known) {
         find_centre(x, items / 2, width, dim, s, centre);
         know_all(x, items, width, dim, s, centre);
     }
     for (int64_t r = 0; r < rounds; held = sizes[r++]) merge_round(x, n, held, sizes[r], width, dim, sinks, s);
-    s->known = known;
     for (int64_t at = 0; at < held; at++) {
         if (s->order[at] == at) continue;
         memcpy(x + at * width, x + s->order[at] * width, (size_t)width * sizeof(float));
@@ -227,9 +225,9 @@ static void merge_head(float *x, float *n, int64_t items, int64_t width, int64_t
     }
 }
 
-/* Room for one head of `items`; free(what is returned) when done, NULL where memory is short. */
-static void *make_bench(int64_t items, int64_t dim, bench *s) {
-    int64_t padded = (items / 2 + LANES - 1) / LANES * LANES, whole = items <= MOST_CARRIED;
+/* Room for one head of `items` and so many rounds at most; free(what is returned) when done, NULL where memory is short. */
+static void *make_bench(int64_t items, int64_t dim, int64_t rounds, bench *s) {
+    int64_t padded = (items / 2 + LANES - 1) / LANES * LANES, whole = rounds > 1 && items <= MOST_CARRIED;
     int64_t stride = (items + LANES - 1) / LANES * LANES + LANES; /* so that two blocks can begin at the last */
     int64_t laid = dim * (whole ? stride : padded);
     char *room = malloc((size_t)(3 * items * 8 + (laid + 4 * padded + (whole ? items * stride : 0)) * 4));
@@ -250,7 +248,7 @@ static void *make_bench(int64_t items, int64_t dim, bench *s) {
 int merge_full(float *x, float *n, int64_t heads, int64_t items, int64_t width, int64_t dim, const int64_t *sizes,
                int64_t rounds, int64_t sinks) {
     bench s;
-    void *room = make_bench(items, dim, &s);
+    void *room = make_bench(items, dim, rounds, &s);
     if (!room) return 1;
     for (int64_t h = 0; h < heads; h++)
         merge_head(x + h * items * width, n + h * items, items, width, dim, sizes, rounds, sinks, &s);

@@ -88,7 +88,7 @@ int slots_advance(void **t, const int64_t *n, const double *r) {
     int64_t joined = n[9], wide = (C + 2 * w) * D, done = 0;
     float *room = malloc((size_t)((C + w) * (D + 1)) * sizeof(float)), *counts = room + (C + w) * D;
     bench s;
-    void *tools = make_bench(C + w, d, &s);
+    void *tools = make_bench(C + w, d, n[12], &s);
     if (!room || !tools) return free(room), free(tools), -1;
     for (; done < S; done++) {
         int64_t block = first + done, joins = block < n[11] && n[10] + block >= 1;
@@ -129,7 +129,7 @@ int slots_merge(void **t, const int64_t *n, const double *r) {
     int64_t B = n[0], G = n[1], d = n[2], V = n[3], w = n[4], C = n[5], sinks = n[6], width = d + V;
     float *x = malloc((size_t)((C + w) * (width + 1)) * sizeof(float)), *counts = x + (C + w) * width;
     bench s;
-    void *tools = make_bench(C + w, d, &s);
+    void *tools = make_bench(C + w, d, n[7], &s);
     if (!x || !tools) return free(x), free(tools), 1;
     for (int64_t head = 0; head < B * G; head++) {
         int64_t b = head / G, g = head % G;

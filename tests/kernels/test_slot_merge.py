@@ -38,6 +38,15 @@ def test_every_way_to_merge_full_slots_agrees(sinks, more, window, rounds, dim, 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_more_items_than_products_are_carried_of_merge_alike():
+    """Above 1,024 items each round makes its own products."""
+    generator = torch.Generator().manual_seed(0)
+    x, n = torch.randn(1, 1, 1100, 7, generator=generator), torch.ones(1, 1, 1100)
+    expected = merge_by_index(x, n, 4, [1080, 1068], 1)
+    for a, b in zip(merge_full(x.clone(), n.clone(), 4, [1080, 1068], 1), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_where_a_compiler_is_the_c_function_is_used():
     built = native.library("slots")
     assert built is None or built.merge_full is not None
