@@ -20,6 +20,7 @@ from linearize.errors import DataError
 LONGER = 4
 SHORTEST = 24  # tokens: a key of MARKER + DIGITS twice, and a gap
 MARKER, DIGITS = 3, 5
+FEWEST = 2 * (MARKER + DIGITS)  # different ids, so that a key is not all of the text
 
 
 def recall_rows(count: int, length: int, text: Tensor, generator: torch.Generator) -> RecallBatch:
@@ -40,6 +41,8 @@ def _rows(count: int, length: int, text: Tensor, generator: torch.Generator, pai
     if length < SHORTEST:
         raise DataError(f"rows of {length} tokens are too short to recall anything in; they need {SHORTEST}")
     ids = text.unique()
+    if len(ids) < FEWEST:
+        raise DataError(f"the text has {len(ids)} different tokens, too few to tell what is recalled; add other text")
     places = torch.searchsorted(ids, text)
     known = (0, len(ids))
     made = []

@@ -30,6 +30,11 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def launched_rank() -> int:
+    """This process's number as a launcher gave it, before the group is joined; 0 for one that was started alone."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """The group that a launcher's environment describes, unless there is one already or none is described."""

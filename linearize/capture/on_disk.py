@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 
 from linearize.capture import hf
 from linearize.capture.calling import find_logits
@@ -30,6 +31,7 @@ from linearize.weights import Weights, give_memory_back
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKED = (1, 19)
+LAST_EXPORT = "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT"  # torch 2.13 keeps the whole graph of the last export here
 TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "original_aten", "seq_nr")
 
 
@@ -65,6 +67,7 @@ def _without_traces(program: Program) -> Program:
         for key in TRACES:
             node.meta.pop(key, None)
     program = program.replace(history=tuple(replace(record, text="") for record in program.history))
+    getattr(proxy_tensor, LAST_EXPORT, {}).clear()
     gc.collect()
     give_memory_back()
     return program

@@ -78,10 +78,11 @@ def compile_model(
     layers are kept in DIR.fitting: after an interruption the same command goes on from them.
     """
     from linearize.calibration.limits import parse_bytes
-    from linearize.calibration.parallel import joined, rank
+    from linearize.calibration.parallel import joined, launched_rank, rank
     from linearize.errors import RecipeError
     from linearize.files import check_new_directory
 
+    quiet = quiet or launched_rank() > 0
     check_new_directory(output)
     most = parse_bytes(memory) if memory is not None else None
     from linearize.calibration.sources import parse_source
@@ -109,8 +110,7 @@ def compile_model(
         say(f"compiling {how} with " + (f"recipe {recipe}" if plan is None else f"plan {plan}"))
         for line in calibration.report() if calibration is not None else ():
             say(f"data: {line}")
-    with joined(), kept_beside(output, quiet or rank() > 0) as folder:
-        quiet = quiet or rank() > 0
+    with joined(), kept_beside(output, quiet) as folder:
         if source is None:
             from linearize.on_disk import compile_directory
 

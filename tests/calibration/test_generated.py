@@ -53,6 +53,11 @@ def test_rows_too_short_to_recall_in_are_told() -> None:
         recall_rows(2, 16, TEXT, torch.Generator())
 
 
+def test_text_of_too_few_tokens_to_recall_is_told() -> None:
+    with pytest.raises(DataError, match="the text has 2 different tokens, too few"):
+        recall_rows(2, 48, torch.tensor([4, 5, 4]), torch.Generator())
+
+
 def mixture(tmp_path: Path, *names: str, limit: int | None = None) -> TextRows:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
     sources = [parse_source(name.replace("TEXT", str(tmp_path / "text.txt"))) for name in names]
