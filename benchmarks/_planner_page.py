@@ -42,7 +42,8 @@ def model_page(name: str, found: dict[str, Any], picture: str) -> str:
     heads = ("budget", "bytes", "predicted", "plan", *rivals, "best recipe that fits", "")
     table = Figure("KL from the source in nats a token, on held-out rows", heads, lines,
                    words=("best recipe that fits", ""))  # fmt: skip
-    rank, whole, heads = (ranked(found["random"][part]) for part in (slice(None), slice(0, None, 2), slice(1, None, 2)))
+    kinds = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all, one mixer a site, by head
+    rank, whole, heads = (ranked(found["random"][part]) for part in kinds)
     single = [one for one in found["single"] if one["loss"] > 0]
     estimate = spearman([one["fisher"] for one in single], [one["loss"] for one in single])
     return f"""## {NAMES[name][0].upper()}{NAMES[name][1:]}
@@ -53,7 +54,8 @@ def model_page(name: str, found: dict[str, Any], picture: str) -> str:
 
 Rows of {found["length"]} tokens, {found["test_tokens"]:,} tokens in all; 100 % is {bytes_text(found["source_bytes"])}.
 Predicted loss ranks {len(found["random"])} random plans like measured loss: Spearman {rank:.3f} ({whole:.3f}
-of those with one mixer a site, {heads:.3f} of those that differ by head). The estimate from gradients ranks {len(single)} single replacements like the model's own loss: {estimate:.3f}. Scores took
+of those with one mixer a site, {heads:.3f} of those that differ by head). The estimate from gradients ranks
+{len(single)} single replacements like the model's own loss: {estimate:.3f}. Scores took
 {found["seconds_scoring"]:.0f} s on one busy core (or were remembered), a budget with its measurements
 {statistics.median(row["seconds"] for row in found["budgets"]):.0f} s."""
 
@@ -130,5 +132,6 @@ At every budget, a share of what the source carries at {context} tokens of conte
 as large as the budget allows (windows, slots, LoLCATs, moments, latent attention), LLM-Drop with as few attentions
 deleted as the budget needs, and the built-in recipes at their own bytes. Mixers that learn are prepared without
 gradients in all of them. Losses are measured on rows shorter than the context, with slots, caches of evicting mixers
-and windows above 128 keys at the same number per token as at {context}; rows that plans were not chosen on. The two models that the script
+and windows above 128 keys at the same number per token as at {context}; rows that plans were not chosen on.
+The two models that the script
 trains see 330,000 tokens: they attend as small models do, and lose little when they do not."""
