@@ -23,6 +23,7 @@ from linearize.errors import ExportError
 from linearize.export.interface import Interface, example_inputs
 from linearize.export.names import GRAPH_FILE, LOGITS, OPSET
 from linearize.export.native import native_decompositions, portable_decompositions
+from linearize.export.onnx_functions import FORMS, write_out
 from linearize.program import MIXERS, node_scope
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def write_onnx(compiled: LinearizedModel, folder: Path, interface: Interface, po
     from linearize.export import onnx_graph
 
     model = translate(compiled, interface, portable)
+    write_out(model)
     rename(model, interface)
     onnx_graph.tidy(model, portable, is_own(compiled))
     save(model, folder)
@@ -90,7 +92,7 @@ def save(model: ir.Model, folder: Path) -> None:
 def translate(compiled: LinearizedModel, interface: Interface, portable: bool) -> ir.Model:
     """torch.export, decompose and translate; names and weights are still the exporter's."""
     inputs, dims = example_inputs(interface)
-    table = portable_decompositions() if portable else native_decompositions()
+    table = (portable_decompositions() if portable else native_decompositions()) | FORMS
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(interface.module, inputs, dynamic_shapes=_by_argument(interface, dims))
@@ -149,15 +151,17 @@ def explain(error: BaseException, graph: fx.Graph) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's chatter (torchvision is missing, deprecations of its own) is nothing that a reader can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check(path: Path, portable: bool) -> None:

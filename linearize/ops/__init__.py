@@ -6,6 +6,7 @@ from linearize.ops.delta import delta_chunk
 from linearize.ops.evict import evict_chunk
 from linearize.ops.gla import gla_chunk
 from linearize.ops.gla_vec import gla_vec_chunk
+from linearize.ops.grouped_mm import grouped_mm
 from linearize.ops.hybrid import hybrid_chunk
 from linearize.ops.hybrid_ring import hybrid_ring
 from linearize.ops.hybrid_step import hybrid_step
@@ -29,6 +30,7 @@ __all__ = [
     "gla_step",
     "gla_vec_chunk",
     "gla_vec_step",
+    "grouped_mm",
     "hybrid_chunk",
     "hybrid_ring",
     "hybrid_step",

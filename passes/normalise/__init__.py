@@ -6,6 +6,7 @@ from linearize.passes.normalise.expose_heads import ExposeHeads
 from linearize.passes.normalise.lift_products import LiftProducts
 from linearize.passes.normalise.reshape_views import ReshapeViews
 from linearize.passes.normalise.spell_einsums import SpellEinsums
+from linearize.passes.normalise.spell_grouped_mm import SpellGroupedMM
 from linearize.passes.normalise.spell_sinks import SpellSinks
 from linearize.passes.normalise.spell_softmax import SpellSoftmax
 from linearize.passes.normalise.strip_asserts import StripAsserts
@@ -15,5 +16,5 @@ from linearize.pipeline import Pass
 
 NORMALISE_PASSES: tuple[Pass, ...] = (
     StripAsserts(), ReshapeViews(), StripNoops(), UnifySizes(),
-    SpellEinsums(), SpellSoftmax(), SpellSinks(), LiftProducts(), ExposeHeads(),
+    SpellEinsums(), SpellGroupedMM(), SpellSoftmax(), SpellSinks(), LiftProducts(), ExposeHeads(),
 )  # fmt: skip

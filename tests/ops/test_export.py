@@ -20,6 +20,7 @@ from linearize.ops import (
     gla_step,
     gla_vec_chunk,
     gla_vec_step,
+    grouped_mm,
     hybrid_chunk,
     hybrid_ring,
     hybrid_step,
@@ -118,6 +119,13 @@ class ShortConv(nn.Module):
         return short_conv(q, torch.ones(x.shape[0], 2, 4, 3), torch.arange(36.0).reshape(4, 3, 3))
 
 
+class Grouped(nn.Module):
+    def forward(self, x):
+        rows, matrices = x.flatten(0, 1), torch.arange(96.0).reshape(2, 4, 12)
+        ends = (torch.ones_like(x[:, 0, 0]).sum() * torch.arange(2)).long()  # none of the first, B of the second
+        return grouped_mm(rows, matrices, ends, transposed=True)
+
+
 class Slots(nn.Module):
     def forward(self, x):
         q, k, v = _heads(x)
@@ -203,6 +211,7 @@ MODULES = {
     "short_conv": ShortConv,
     "evict": Evict,
     "filtered": Filtered,
+    "grouped": Grouped,
     "slots": Slots,
     "slots_block": Block,
     "slots_merge": Merge,
@@ -300,6 +309,8 @@ def samples():
             (*merged, k, k.clone(), torch.eye(3).expand(2, -1, -1), torch.ones(2)),
             {"sinks": 1},
         ),
+        "grouped": (grouped_mm, (q[:, 0, 0], torch.randn(3, 3, 4), torch.tensor([1, 1, 2])), {}),
+        "grouped_full": (grouped_mm, (q[0, 0], torch.randn(2, 5, 3), torch.tensor([0, 3])), {"transposed": True}),
         "evict": (evict_chunk, (q, k, k.clone(), *started, torch.zeros(2, 2, 8)), {"window": 2, "scale": 0.5}),
         "filtered": (evict_chunk, (q, k, k.clone(), *started, None, k[0, 0]), {"window": 2, "scale": 0.5}),
         "slots": (slots_chunk, (q, k, k.clone(), *started, slots[..., 0].clone()), {"window": 2, "scale": 0.5}),
