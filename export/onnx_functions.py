@@ -6,7 +6,7 @@ graph is translated, and are then written out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ GROUPED_MM = """
 def grouped_mm_node(x: Tensor, weight: Tensor, ends: Tensor, *, transposed: bool = False) -> Tensor:
     """The node that `write_out` replaces. Only while exporting: run eagerly it would give zeros."""
     shape = (x.shape[0], weight.shape[1 if transposed else 2])
-    given, name = {"transposed": int(transposed)}, f"{DOMAIN}::{_name(transposed)}"
+    given: dict[str, Any] = {"transposed": int(transposed)}
     (found,) = torch.onnx.ops.symbolic_multi_out(
-        name, [x, weight, ends], given, dtypes=[torch.float32], shapes=[shape], version=1
+        f"{DOMAIN}::{_name(transposed)}", [x, weight, ends], given, dtypes=[torch.float32], shapes=[shape], version=1
     )
     return found
 

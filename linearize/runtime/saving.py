@@ -21,11 +21,12 @@ from linearize.errors import ArtifactError
 from linearize.files import new_directory, write_atomically
 from linearize.mixers import Mixer, build_mixer, mixer_names
 from linearize.plan import Plan, PlanEntry, first_problem
-from linearize.program import MIXERS, Program
+from linearize.program import LEAF, MIXERS, Program
 from linearize.report import Report
 from linearize.runtime.card import CARD, model_card
 from linearize.runtime.config_json import CONFIG, config_json
 from linearize.runtime.graph_json import graph_from_json, graph_to_json
+from linearize.runtime.saved_leaves import LIBRARY, add_leaves, check_leaves, leaf_from_json, leaf_tensors, leaf_to_json
 from linearize.spec import AttentionSpec, NoMatch, Site, SiteNodes
 
 if TYPE_CHECKING:
@@ -93,14 +94,8 @@ def _contents(
 
 
 def check_savable(model: LinearizedModel) -> None:
-    """Raises ArtifactError where something of the model runs the source's Python code."""
-    program = model.source
-    if program.leaves:
-        raise ArtifactError(
-            f"{program.model_name} cannot be saved: {', '.join(program.leaves)} could not be traced and run the "
-            "source's Python code, which no saved model may hold; keep the compiled model in memory, or rewrite these "
-            "modules without control flow that depends on values or lengths"
-        )
+    """Raises ArtifactError where something of the model runs Python code that is not transformers' own."""
+    check_leaves(model.source)
 
 
 def contents_beside(model: LinearizedModel, shared: dict[str, str]) -> dict[str, bytes]:
@@ -126,9 +121,18 @@ def contents_beside(model: LinearizedModel, shared: dict[str, str]) -> dict[str,
     contents = {CARD: model_card(model).encode(), **model.files}
     if manifest.source_config is not None:
         contents[CONFIG] = json.dumps(config_json(manifest.source_config), indent=1).encode()
-    contents[GRAPH] = json.dumps(graph_to_json(program.graph), separators=(",", ":")).encode()
+    contents[GRAPH] = json.dumps(_rows(program), separators=(",", ":")).encode()
     contents[MANIFEST] = manifest.model_dump_json(indent=1).encode()
     return contents
+
+
+def _rows(program: Program) -> list[dict[str, Any]]:
+    """graph.json: a row a node, those of opaque leaves with what is known of them."""
+    rows = graph_to_json(program.graph)
+    for node, row in zip(program.graph.nodes, rows, strict=True):
+        if LEAF in node.meta:
+            row[LEAF] = leaf_to_json(node, program.module.get_submodule(str(node.target)))
+    return rows
 
 
 def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,9 +153,12 @@ def _unique_tensors(module: nn.Module, given: dict[str, Tensor]) -> tuple[dict[s
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, every name of a shared one included."""
+    """Parameters and persistent buffers, every name of a shared one included; of opaque leaves all buffers."""
     parameters = list(module.named_parameters(remove_duplicate=False))
     known = set(module.state_dict())
+    for name, part in module.named_modules():
+        if type(part).__module__.startswith(LIBRARY):
+            known |= {f"{name}.{own}" for own, _ in leaf_tensors(part)}
     return parameters + [item for item in module.named_buffers(remove_duplicate=False) if item[0] in known]
 
 
@@ -181,7 +188,7 @@ def read(directory: str | Path) -> tuple[Program, Plan, Report, dict[str, bytes]
         raise ArtifactError(f"{folder / GRAPH} is no list of nodes")
     tensors = _read_weights(folder / WEIGHTS, manifest.shared)
     sites = tuple(_sites(manifest, folder))
-    module = _module(graph_from_json(rows), tensors, sites, manifest)
+    module = _module(_graph(rows), tensors, sites, manifest, _leaf_rows(rows))
     program = Program(
         module=module,
         model_name=manifest.model_name,
@@ -197,6 +204,18 @@ def read(directory: str | Path) -> tuple[Program, Plan, Report, dict[str, bytes]
     )
     files = {name: _read_bytes(folder / _inside(name)) for name in manifest.files}
     return program, manifest.plan, manifest.report, files
+
+
+def _graph(rows: list[dict[str, Any]]) -> fx.Graph:
+    graph = graph_from_json(rows)
+    for node, row in zip(graph.nodes, rows, strict=True):
+        if LEAF in row:
+            node.meta[LEAF] = leaf_from_json(row[LEAF])
+    return graph
+
+
+def _leaf_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["target"]: row[LEAF] for row in rows if LEAF in row}
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -257,9 +276,13 @@ def _read_weights(path: Path, shared: dict[str, str]) -> dict[str, Tensor]:
 
 
 def _module(
-    graph: fx.Graph, tensors: dict[str, Tensor], sites: tuple[Site | NoMatch, ...], manifest: Manifest
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    sites: tuple[Site | NoMatch, ...],
+    manifest: Manifest,
+    leaves: dict[str, dict[str, Any]],
 ) -> fx.GraphModule:
-    """The graph over the stored tensors, with its mixers built from the plan and filled."""
+    """The graph over the stored tensors, its mixers built from the plan and its leaves from the config, all filled."""
     mixers = nn.ModuleDict()
     for site in sites:
         if isinstance(site, Site):
@@ -274,11 +297,16 @@ def _module(
     root = nn.Module()
     parameters: dict[int, nn.Parameter] = {}
     buffers = set(manifest.buffers)
+
+    def stored(name: str) -> Tensor | None:
+        tensor = tensors.get(name)
+        if tensor is None or name in buffers or not tensor.is_floating_point():
+            return tensor
+        return parameters.setdefault(id(tensor), nn.Parameter(tensor))
+
+    add_leaves(root, leaves, manifest.model_name, manifest.source_config, stored)
     for name in wanted:
-        tensor = tensors[name]
-        if name not in buffers and tensor.is_floating_point():
-            tensor = parameters.setdefault(id(tensor), nn.Parameter(tensor))
-        _assign(root, name, tensor)
+        _assign(root, name, stored(name))  # type: ignore[arg-type]
     root.add_module(MIXERS, mixers)
     return fx.GraphModule(root, graph, class_name="Linearized")
 
