@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from linearize.errors import ArtifactError, CaptureError
@@ -136,3 +137,26 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def made_of_config(model_name: str, config: dict[str, Any] | None) -> nn.Module:
+    """The source's model without weights, of a class that transformers has.
+
+    Raises:
+        ArtifactError: transformers has no such class, or does not take the config.
+    """
+    import transformers
+
+    made = getattr(transformers, model_name, None)
+    if config is None or not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
+        raise ArtifactError(f"{model_name} is no model class of transformers")
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            return made(transformers.AutoConfig.for_model(config["model_type"], **options)).eval()
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise ArtifactError(
+            f"transformers {transformers.__version__} makes no {model_name} of the saved config: "
+            f"{type(error).__name__}: {first}"
+        ) from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from linearize.capture.hf import made_of_config
 from linearize.capture.leaf_shapes import DimRule, LeafShapes, OutputRule, Source
 from linearize.errors import ArtifactError
 from linearize.program import LEAF, Program
@@ -32,7 +33,7 @@ def check_leaves(program: Program) -> None:
     if not program.leaves:
         return
     try:
-        model = skeleton(program.model_name, program.source_config)
+        model = made_of_config(program.model_name, program.source_config)
         for name in program.leaves:
             _check_leaf(program.module.get_submodule(name), _found(model, name))
     except ArtifactError as error:
@@ -66,29 +67,6 @@ def leaf_tensors(leaf: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and all buffers, those included that a state dict leaves out: they are not computed again."""
     yield from leaf.named_parameters(remove_duplicate=False)
     yield from leaf.named_buffers(remove_duplicate=False)
-
-
-def skeleton(model_name: str, config: dict[str, Any] | None) -> nn.Module:
-    """The source's model without weights, of a class that transformers has.
-
-    Raises:
-        ArtifactError: transformers has no such class, or does not take the config.
-    """
-    import transformers
-
-    made = getattr(transformers, model_name, None)
-    if config is None or not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
-        raise ArtifactError(f"{model_name} is no model class of transformers")
-    options = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with torch.device("meta"):
-            return made(transformers.AutoConfig.for_model(config["model_type"], **options)).eval()
-    except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        raise ArtifactError(
-            f"transformers {transformers.__version__} makes no {model_name} of the saved config: "
-            f"{type(error).__name__}: {first}"
-        ) from error
 
 
 def _found(model: nn.Module, name: str) -> nn.Module:
@@ -163,7 +141,7 @@ def add_leaves(
     """
     if not rows:
         return
-    model = skeleton(model_name, config)
+    model = made_of_config(model_name, config)
     for name, row in rows.items():
         leaf = _found(model, name)
         if _class_name(leaf) != row.get(CLASS):
