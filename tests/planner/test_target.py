@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import linearize
 from linearize.errors import DataError, RecipeError
 from linearize.planner.counting import MODULE, VIEW, Call, Counting
+from linearize.planner.reference import LONG, SHORT, settle
 from linearize.planner.source import source_calls
 from linearize.planner.target import FAR, H200, NEAR, Target, along, load_target
 from linearize.runtime.speed import filled_cache
@@ -61,3 +64,18 @@ def test_a_sources_step_is_counted_at_a_context_that_was_not_run() -> None:
 def test_a_source_without_a_cache_is_told() -> None:
     with pytest.raises(DataError, match="is no transformers model"):
         source_calls(torch.nn.Linear(2, 2), 64)
+
+
+def test_whole_steps_settle_what_operators_take_in_one() -> None:
+    """Measured in turn: slots, the source, all kept at both contexts, the source at both."""
+    line = [(0.0, 1e-6, 1e-6), (1e9, 2e-6, 2e-6)]
+    steps = iter([5e-2, 4e-2, 6e-2, 9e-2, 4e-2, 8e-2])
+    source = AutoModelForCausalLM.from_pretrained(linearize.demo_model_dir()).eval()
+    theirs = next(call.name for call in source_calls(source, SHORT) if "dot_product" in call.name)
+    start = TARGET.model_copy(update={"timed": {name: line for name in ("attention", theirs)}})
+    found = settle(start, lambda functions, seconds: [function() for function in functions] and next(steps))
+    taken = [found.seconds(source_calls(source, context), graph=False) for context in (SHORT, LONG)]
+    assert taken[1] - taken[0] == pytest.approx(8e-2 - 4e-2, rel=1e-3)
+    assert found.node_overhead > start.node_overhead
+    assert found.module_overhead > start.module_overhead
+    assert not list(steps)
