@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from linearize.errors import RecipeError
@@ -39,4 +39,7 @@ class ShareKeys:
                 raise RecipeError(f"site {index} ({site.module}): {problem}")
             core = nodes[site.nodes.core]
             core.args = (core.args[0], nodes[source.nodes.key], nodes[source.nodes.value], *core.args[3:])
-        return program.replace(module=editor.finish())
+            theirs = {name: getattr(source.nodes, name) for name in ("key", "value", "key_unrotated")}
+            sites[index] = replace(site, nodes=replace(site.nodes, **theirs))
+        changed = tuple(sites.get(site.index, site) for site in program.sites)
+        return program.replace(module=editor.finish(), sites=changed)

@@ -202,7 +202,7 @@ def test_a_tokenizer_of_another_vocabulary_is_one_error(run: Run, llama_dir: Pat
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text("words " * 100)
     result = run("compile", tmp_path, "-o", tmp_path / "out", "--data", tmp_path / "text.txt", "--tokens", 64)
-    assert_one_error(result, "outside the vocabulary 0..39")
+    assert_one_error(result, "outside the model's vocabulary 0..39")
     assert not (tmp_path / "out").exists()
 
 
