@@ -88,17 +88,7 @@ def compile_directory(
         policy = policy.model_copy(update={"fit": plan.fit})
     budget = policy.fit.tokens if tokens is None else tokens
     scored = plan is None and bool(policy.wanted_scores())
-    if calibration is None and (budget > 0 or scored):
-        raise DataError(
-            "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
-            "(--data FILE, or calibration=...)" + ("" if scored else ", or fit nothing (--tokens 0)")
-        )
-    searched = sorted(policy.searches) if plan is None else ["low_rank"] * bool(plan.low_rank)
-    if searched:
-        raise RecipeError(
-            f"{searched[0]} looks at the whole model in memory, which a model that stays on disk is not: compile it "
-            "without streaming, or leave that out of the recipe or plan"
-        )
+    check_possible(policy, plan, calibration is not None, budget, scored)
     captured = capture_directory(source)
     check_dynamic(captured)
     check_sites(captured, policy)
@@ -135,6 +125,21 @@ def compile_directory(
             forget(folder)
     wait()
     return model
+
+
+def check_possible(policy: Recipe, plan: Plan | None, has_data: bool, budget: int, scored: bool) -> None:
+    """Refuse what needs the whole model in memory."""
+    if not has_data and (budget > 0 or scored):
+        raise DataError(
+            "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
+            "(--data FILE, or calibration=...)" + ("" if scored else ", or fit nothing (--tokens 0)")
+        )
+    searched = sorted(policy.searches) if plan is None else ["low_rank"] * bool(plan.low_rank)
+    if searched:
+        raise RecipeError(
+            f"{searched[0]} looks at the whole model in memory, which a model that stays on disk is not: compile it "
+            "without streaming, or leave that out of the recipe or plan"
+        )
 
 
 def needs_streaming(source: str | Path) -> bool:

@@ -28,6 +28,7 @@ from linearize.kernels.triton._config import CHUNK, Config, accumulator, archite
 from linearize.kernels.triton.gla import LOG2_E
 from linearize.kernels.triton.gla_backward import gla_backward
 from linearize.kernels.triton.hybrid import forward
+from linearize.kernels.triton.hybrid_sinks import Sinks
 from linearize.ops._library import accumulation_dtype
 
 BESIDE = 16  # columns that the 1 beside the values takes, so that rows stay aligned
@@ -254,7 +255,7 @@ def near_gradients(
     dmass = (-(do * o).sum(-1) * inverse).masked_fill_(masses == 0, 0.0)
     dn, extras = do * inverse[..., None], None
     if sinks[0] is not None or sinks[3] is not None:
-        extras = _Extras(q, *sinks, tops, dn, dmass, scale)
+        extras = Sinks(q, *sinks, tops, dn, dmass, scale)
     rows = (tops, masses, dmass)
     dq, dk, dv, spread, chosen = _window(q, k, v, mask, do, mix, rows, extras, fq is not None, window, scale)
     by_sinks: list[Tensor | None] = [None, None, None]
@@ -264,64 +265,9 @@ def near_gradients(
     return Near(dq, dk, dv, by_sinks, spread, (dn, dmass))
 
 
-class _Extras:
-    """Sinks and sink logits, by PyTorch: what they add to a, their maximum (log2), and their gradients."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        mask: Tensor | None,
-        logits: Tensor | None,
-        tops: Tensor,
-        dn: Tensor,
-        dmass: Tensor,
-        scale: float,
-    ) -> None:
-        given, heads = [q, k, v, logits], q.shape[2]
-        self.given = given
-        # Copies: autograd keeps them, and the kernels are handed the originals.
-        self.leaves = [x if x is None else x.detach().to(tops.dtype, copy=True).requires_grad_() for x in given]
-        dmass = dmass.clone()
-        natural = (tops * math.log(2)).masked_fill(tops == float("-inf"), 0.0)
-        maxima = []
-        with torch.enable_grad():
-            q_leaf, k_leaf, v_leaf, l_leaf = self.leaves
-            self.total = torch.zeros_like(tops)
-            if q_leaf is not None and k_leaf is not None and v_leaf is not None and mask is not None:
-                groups = (k_leaf.shape[2], heads // k_leaf.shape[2])
-                scores = torch.einsum("btgrd,bmgd->btgrm", q_leaf.unflatten(2, groups), k_leaf).flatten(2, 3) * scale
-                scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-                gain = torch.einsum("btgrv,bmgv->btgrm", dn.unflatten(2, groups), v_leaf).flatten(2, 3)
-                gain = gain + dmass[..., None]
-                self.total = self.total + (torch.exp(scores - natural[..., None]) * gain).sum(-1)
-                maxima.append(scores.amax(-1))
-            if l_leaf is not None:
-                self.total = self.total + torch.exp(l_leaf - natural[..., None]).sum(-1) * dmass
-                maxima.append(l_leaf.amax(-1).expand(tops.shape))
-            self.top = maxima[0] if len(maxima) == 1 else torch.maximum(*maxima)
-
-    def gradients(self, mix: Tensor | None, spread: Tensor, chosen: Tensor | None) -> list[Tensor | None]:
-        """Gradients of q, sink_k, sink_v and sink_logits, their maxima's among them where `chosen` is -1."""
-        share = torch.ones_like(spread[0, 0]) if mix is None else mix.to(spread.dtype)
-        with torch.enable_grad():
-            objective = (self.total * share).sum()
-            if chosen is not None:
-                top = self.top.masked_fill((chosen >= 0) | (self.top == float("-inf")), 0.0)
-                objective = objective - (share * spread * top).sum()
-        wanted = [x for x in self.leaves if x is not None]
-        found = iter(torch.autograd.grad(objective, wanted, allow_unused=True))
-        grads = [None if x is None else next(found) for x in self.leaves]
-        return [
-            x if x is None else torch.zeros_like(x) if dx is None else dx if n == 0 else dx.to(x.dtype)
-            for n, (x, dx) in enumerate(zip(self.given, grads, strict=True))
-        ]
-
-
 def _window(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, do: Tensor, mix: Tensor | None,
-    rows: tuple[Tensor, Tensor, Tensor], extras: _Extras | None, has_far: bool, window: int, scale: float,
+    rows: tuple[Tensor, Tensor, Tensor], extras: Sinks | None, has_far: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv of the window in the states' dtype, a and the key of the maximum [B,T,H]."""
     batch, length, heads, dim, kv_heads, value_dim = *q.shape, k.shape[2], v.shape[3]

@@ -22,6 +22,7 @@ from linearize.cli._models import (
 from linearize.cli._shell import out, say
 
 if TYPE_CHECKING:
+    from linearize.calibration.sources import TextRows
     from linearize.runtime.model import LinearizedModel
 
 DATA_HELP = (
@@ -107,9 +108,7 @@ def compile_model(
     started = time.perf_counter()
     if not quiet:
         how = f"{model} block by block" if source is None else type(source).__name__
-        say(f"compiling {how} with " + (f"recipe {recipe}" if plan is None else f"plan {plan}"))
-        for line in calibration.report() if calibration is not None else ():
-            say(f"data: {line}")
+        announce(how, f"recipe {recipe}" if plan is None else f"plan {plan}", calibration)
     with joined(), kept_beside(output, quiet) as folder:
         if source is None:
             from linearize.on_disk import compile_directory
@@ -118,17 +117,22 @@ def compile_model(
                 str(directory), output, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed,
                 progress=not quiet, memory=most, work=folder, say=(lambda text: None) if quiet else say,
             )  # fmt: skip
-            if not quiet:
-                print_report(compiled, output, time.perf_counter() - started)
-            return
-        compiled = linearize.compile(
-            source, policy, calibration=calibration, plan=plan, tokens=tokens, distill=distill, seed=seed,
-            progress=not quiet, checkpoints=folder,
-        )  # fmt: skip
-        if not rank():
-            compiled.save_pretrained(output)
+        else:
+            compiled = linearize.compile(
+                source, policy, calibration=calibration, plan=plan, tokens=tokens, distill=distill, seed=seed,
+                progress=not quiet, checkpoints=folder,
+            )  # fmt: skip
+            if not rank():
+                compiled.save_pretrained(output)
     if not quiet:
         print_report(compiled, output, time.perf_counter() - started)
+
+
+def announce(model: str, way: str, calibration: TextRows | None) -> None:
+    """What is about to be done, and with which data."""
+    say(f"compiling {model} with {way}")
+    for line in calibration.report() if calibration is not None else ():
+        say(f"data: {line}")
 
 
 def streamed_directory(model: str, streaming: bool | None, memory: int | None) -> str | None:

@@ -13,7 +13,22 @@ import torch
 from torch import SymInt, Tensor
 from torch._higher_order_ops.scan import scan_op
 
+from linearize.ops._library import require
+
 Tensors = tuple[Tensor, ...]
+
+
+def check_blocks(
+    name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, before: Tensor, ring: tuple[Tensor, Tensor], window: int
+) -> None:
+    """Raise `OperatorError` unless the new tokens of the operator `name` fit each other and the ring."""
+    heads, kv_heads, held = q.shape[2], k.shape[2], ring[0].shape[1]
+    require(window >= 1, name, f"window is {window}, needs at least 1")
+    require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
+    require(k.shape[:3] == v.shape[:3], name, "k and v differ in [B,T,G]")
+    require(mask.shape == q.shape[:2] and mask.dtype == torch.bool, name, "mask must be a bool of [B,T]")
+    require(before.ndim == 1, name, "before must be int64 of [B]")
+    require(held == 2 * window == ring[1].shape[1], name, f"the ring holds {held} tokens, not two blocks of {window}")
 
 
 class Tokens(NamedTuple):

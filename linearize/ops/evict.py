@@ -27,7 +27,7 @@ import torch
 from torch import SymInt, Tensor
 
 from linearize.ops._library import accumulation_dtype, define_operator, require
-from linearize.ops.blocks import Tensors, Tokens, loop, take
+from linearize.ops.blocks import Tensors, Tokens, check_blocks, loop, take
 from linearize.ops.slot_merge import coarse
 
 SCHEMA = (
@@ -310,14 +310,9 @@ def check_evict(
     sinks: int,
 ) -> None:
     """Raise `OperatorError` unless heads, ring and what is kept fit together."""
-    name, heads, kv_heads = "evict_chunk", q.shape[2], k.shape[2]
-    require(window >= 1, name, f"window is {window}, needs at least 1")
-    require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
-    require(k.shape[:3] == v.shape[:3], name, "k and v differ in [B,T,G]")
-    require(mask.shape == q.shape[:2] and mask.dtype == torch.bool, name, "mask must be a bool of [B,T]")
-    require(before.ndim == 1, name, "before must be int64 of [B]")
+    name = "evict_chunk"
+    check_blocks(name, q, k, v, mask, before, ring, window)
     held, places = ring[0].shape[1], kept[0].shape[2]
-    require(held == 2 * window == ring[1].shape[1], name, f"the ring holds {held} tokens, not two blocks of {window}")
     require(kept[1].shape[2] == places >= max(1, sinks), name, f"{places} places are too few to keep {sinks} sinks")
     require((mass is None) != (filters is None), name, "give mass or filters, not both")
     require(mass is None or mass.shape[2] == places + held, name, f"mass must be a float of [B,G,{places + held}]")

@@ -24,7 +24,7 @@ import torch
 from torch import SymInt, Tensor
 
 from linearize.ops._library import accumulation_dtype, define_operator, require
-from linearize.ops.blocks import Tensors, Tokens, loop, take
+from linearize.ops.blocks import Tensors, Tokens, check_blocks, loop, take
 from linearize.ops.slot_merge import aged, merge, merge_one_by_one, round_sizes
 
 SCHEMA = (
@@ -227,14 +227,8 @@ def check_slots(
     sinks: int,
 ) -> None:
     """Raise `OperatorError` unless heads, ring and slots fit together."""
-    name, heads, kv_heads = "slots_chunk", q.shape[2], k.shape[2]
-    require(window >= 1, name, f"window is {window}, needs at least 1")
-    require(heads % kv_heads == 0, name, f"{heads} query heads are no multiple of {kv_heads} kv heads")
-    require(k.shape[:3] == v.shape[:3], name, "k and v differ in [B,T,G]")
-    require(mask.shape == q.shape[:2] and mask.dtype == torch.bool, name, "mask must be a bool of [B,T]")
-    require(before.ndim == 1, name, "before must be int64 of [B]")
-    held = ring[0].shape[1]
-    require(held == 2 * window == ring[1].shape[1], name, f"the ring holds {held} tokens, not two blocks of {window}")
+    name = "slots_chunk"
+    check_blocks(name, q, k, v, mask, before, ring, window)
     count = slots[2].shape[2]
     require(slots[0].shape[2] == count == slots[1].shape[2], name, "slot_k, slot_v and slot_n differ in [B,G,C]")
     require(count >= max(1, 2 * sinks), name, f"{count} slots are too few to keep {sinks} sinks; give {2 * sinks}")
