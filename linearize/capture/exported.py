@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from linearize.capture.calling import find_logits
 from linearize.capture.checks import SHAPES, check_causal, check_equal
+from linearize.capture.functional import functional
 from linearize.capture.graphs import copy_graph, root_of, vocabulary
 from linearize.capture.probing import probe_inputs
 from linearize.errors import CaptureError
@@ -35,9 +36,9 @@ def capture_exported(exported: ExportedProgram, example_inputs: Any = None) -> P
     if example_inputs is not None:
         raise CaptureError("an ExportedProgram has its example inputs already; pass it alone")
     with torch.no_grad():
-        functional = exported.run_decompositions({})
-        check_pure(functional)
-        source = functional.module()
+        pure = functional(exported)
+        check_pure(pure)
+        source = pure.module()
         assert isinstance(source, fx.GraphModule)
         placeholders = source.graph.find_nodes(op="placeholder")
         tensors = [node for node in placeholders if not _is_constant(node)]
@@ -45,7 +46,7 @@ def capture_exported(exported: ExportedProgram, example_inputs: Any = None) -> P
         shape = input_shape(tensors, names)
         rest = iter(names)
         given = [None if _is_constant(node) else next(rest) for node in placeholders]
-        graph, attributes = copy_graph(source, given, "", _logits_index(functional))
+        graph, attributes = copy_graph(source, given, "", _logits_index(pure))
         module = fx.GraphModule(root_of(attributes, {}), graph, class_name="Captured")
         program = Program(
             module=module,
@@ -56,7 +57,7 @@ def capture_exported(exported: ExportedProgram, example_inputs: Any = None) -> P
             fixed_length=shape[1],
             notes=tuple(_notes(exported, shape)),
         )
-        _check(program, functional, names, shape)
+        _check(program, pure, names, shape)
     return program
 
 

@@ -17,6 +17,7 @@ import torch
 from linearize.capture import culprits
 from linearize.capture.calling import Call, LogitsOnly
 from linearize.capture.checks import SHAPES, Mismatch
+from linearize.capture.functional import functional
 from linearize.capture.leaf_probe import check_stateless, mixes_tokens
 from linearize.capture.leaf_shapes import learn_shapes
 from linearize.capture.leaves import Leaf, Tracing, opaque, shared_copy
@@ -92,7 +93,7 @@ class Ladder:
             with quiet_export(), opaque(self.model, self.leaves) as tracing:
                 shapes = ((dims,) * len(example),)
                 exported = torch.export.export(self.wrapper, example, dynamic_shapes=shapes, strict=False)
-                exported = exported.run_decompositions({})
+                exported = functional(exported)
         finally:
             self._snapshot.restore()
         try:

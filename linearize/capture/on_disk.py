@@ -49,7 +49,7 @@ def capture_directory(directory: str | Path, device: torch.device | str = "cpu")
     started = time.perf_counter()
     model = hf.skeleton(directory)
     weights = Weights(_by_parameter(model, files, directory), _dtypes(model), _take_buffers(model), device)
-    program = capture_graph(model).replace(weights=weights)
+    program = _without_traces(capture_graph(model)).replace(weights=weights)
     if program.leaves:
         raise CaptureError(
             f"{', '.join(program.leaves)} could not be traced and would run the source's Python code, which needs its "
