@@ -32,7 +32,7 @@ from linearize.weights import Weights, give_memory_back
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKED = (1, 19)
 LAST_EXPORT = "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT"  # torch 2.13 keeps the whole graph of the last export here
-TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "original_aten", "seq_nr")
+KEPT = ("val", "linearize_scope")  # of what tracing says of a node; the rest explains it, and is large
 
 
 def capture_directory(directory: str | Path, device: torch.device | str = "cpu") -> Program:
@@ -62,10 +62,15 @@ def capture_directory(directory: str | Path, device: torch.device | str = "cpu")
 
 
 def _without_traces(program: Program) -> Program:
-    """Let go of what grows with the number of layers and only explains: stack traces, and the texts of the passes."""
+    """Let go of what grows with the number of layers and only explains: stack traces, and the texts of the passes.
+    Layers are alike, so nodes of one shape share what they know of it."""
+    shared: dict[Any, Any] = {}
     for node in program.graph.nodes:
-        for key in TRACES:
-            node.meta.pop(key, None)
+        node.meta = {key: value for key, value in node.meta.items() if key in KEPT}
+        if isinstance(node.meta.get("val"), Tensor):
+            value = node.meta["val"]
+            known = (value.dtype, value.device, *map(str, (*value.shape, *value.stride())))
+            node.meta["val"] = shared.setdefault(known, value)
     program = program.replace(history=tuple(replace(record, text="") for record in program.history))
     getattr(proxy_tensor, LAST_EXPORT, {}).clear()
     gc.collect()
