@@ -161,7 +161,7 @@ def streamed_directory(model: str, streaming: bool | None, memory: int | None) -
 def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
     """The folder for finished layers: removed when all went well, named to the user when it did not."""
     from linearize.calibration.checkpoints import forget
-    from linearize.calibration.parallel import rank
+    from linearize.calibration.parallel import launched_rank, rank
 
     folder = output.absolute().with_name(f"{output.absolute().name}.fitting")
     if folder.is_dir() and not quiet:
@@ -169,7 +169,7 @@ def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if folder.is_dir():
+        if folder.is_dir() and not launched_rank():
             say(f"finished layers are kept in {folder}; the same command goes on from them")
         raise
     if not rank():
