@@ -22,12 +22,14 @@ from linearize.calibration.checkpoints import Checkpoints, forget
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.forecast import check_fits, forecast
 from linearize.calibration.limits import free_memory
+from linearize.calibration.on_disk_distill import check_distill, tensors_of, with_distillation, with_fitted
 from linearize.calibration.parallel import rank, wait
 from linearize.capture.on_disk import capture_directory, stored_tensors
 from linearize.errors import DataError, RecipeError, RewriteError
 from linearize.files import check_new_directory
 from linearize.mixers import build_mixer
-from linearize.passes.calibrate import CalibrateOutputs
+from linearize.passes.calibrate import CalibrateOutputs, DistillEndToEnd
+from linearize.passes.calibrate.distill_end_to_end import projections_of
 from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention, keep_worst
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan, PlanEntry
@@ -52,6 +54,7 @@ def compile_directory(
     calibration: Iterable[Tensor] | None = None,
     plan: Plan | None = None,
     tokens: int | None = None,
+    distill: int | None = None,
     seed: int = 0,
     progress: bool = True,
     memory: int | None = None,
@@ -64,8 +67,8 @@ def compile_directory(
     Args:
         source: a directory with config.json and safetensors files; nothing in it is changed.
         output: the directory to write, as `LinearizedModel.save_pretrained` would; it appears complete or not at all.
-        recipe, calibration, plan, tokens, seed, progress: as for `linearize.compile`; without `calibration` nothing can
-            be fitted, because the model is not sampled.
+        recipe, calibration, plan, tokens, distill, seed, progress: as for `linearize.compile`; without `calibration`
+            nothing can be fitted, because the model is not sampled.
         memory: bytes that this process may take; None for what the machine and its limits leave.
         spill: where activations between blocks are kept; "auto": in memory where they take less than half of it.
         work: a folder for finished layers and activations, on the disk of `output`; None takes `output` + ".fitting".
@@ -87,14 +90,16 @@ def compile_directory(
     if plan is not None and plan.fit is not None:
         policy = policy.model_copy(update={"fit": plan.fit})
     budget = policy.fit.tokens if tokens is None else tokens
+    how = policy.distill if distill is None else policy.distill.model_copy(update={"tokens": distill})
     scored = plan is None and bool(policy.wanted_scores())
-    check_possible(policy, plan, calibration is not None, budget, scored)
+    check_possible(policy, plan, calibration is not None, budget + how.tokens, scored)
+    check_distill(how)
     captured = capture_directory(source)
     check_dynamic(captured)
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     check_pieces(teacher)
-    wanted = max(budget, SCORE_TOKENS if scored else 0)
+    wanted = max(budget, SCORE_TOKENS if scored else 0, how.tokens)
     given = checked_batches(calibration, captured.vocab_size, wanted) if calibration is not None and wanted else []
     batches = split_rows(checked_batches(given, captured.vocab_size, budget), policy.fit.batch) if budget > 0 else []
     share = policy.keep_worst if plan is None else 0.0
@@ -104,13 +109,13 @@ def compile_directory(
     del captured
     gc.collect()
     give_memory_back()
-    found = forecast(teacher, plan, policy.fit, batches, Blocks(teacher), memory, spill)
+    blocks = Blocks(teacher)
+    found = forecast(teacher, plan, policy.fit, batches, blocks, memory, spill)
+    found = with_distillation(found, teacher, plan, projections_of(teacher), how, blocks)
     (say or _print)(str(found))
     check_fits(found, memory, target.absolute().parent)
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     report = start_report(student, plan, seed)
-    if policy.distill.tokens:
-        report.notes.append("not distilled end to end, which needs the whole model in memory")
     fit = CalibrateOutputs(
         teacher, policy.fit, _described(given, calibration), tokens, seed, progress, report, folder, not found.in_memory
     )
@@ -118,9 +123,14 @@ def compile_directory(
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
+    mixer_tensor = _mixer_tensors(teacher, plan, kept)
+    if how.tokens:
+        distil = DistillEndToEnd(teacher, how, given, seed, progress, report, folder)
+        trained = run_pipeline(with_fitted(student, teacher, plan, kept), [distil])
+        mixer_tensor, student = tensors_of(trained), student.replace(weights=trained.weights)
     model = finish(student, plan, report, files)
     if not rank():
-        save_from_disk(model, target, _mixer_tensors(teacher, plan, kept), (kept.folder or folder) / "result")
+        save_from_disk(model, target, mixer_tensor, (kept.folder or folder) / "result")
         if work is None:
             forget(folder)
     wait()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from linearize.errors import ArtifactError
 from linearize.tensorfile import Stored, bytes_of, read_tensor
 
+Change = Callable[[Tensor], Tensor]
 ATTACHED = "_linearize_weights"
 SLICE = 4096
 
@@ -40,6 +41,7 @@ class Weights:
     ) -> None:
         self.stored, self.dtypes, self.values = dict(stored), dict(dtypes), dict(values)
         self.device = torch.device(device)
+        self.changes: dict[str, Change] = {}
         self._wanted: set[str] = set()
         self._held: dict[tuple[object, int], Tensor] = {}
 
@@ -52,6 +54,17 @@ class Weights:
             return self.values[name].to(self.device)
         if name not in self.stored:
             raise ArtifactError(f"{name} has no values: it is in none of the checkpoint's files")
+        if name in self.changes:
+            return self.changes[name](self._read(name))
+        return self._read(name)
+
+    def changed(self, changes: Mapping[str, Change]) -> Weights:
+        """The same files, with some parameters made of what is stored for them."""
+        found = Weights(self.stored, self.dtypes, self.values, self.device)
+        found.changes = {**self.changes, **changes}
+        return found
+
+    def _read(self, name: str) -> Tensor:
         stored = self.stored[name]
         key = (stored.path, stored.start)  # two names of a tied tensor are one
         if key in self._held:

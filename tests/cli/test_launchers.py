@@ -13,8 +13,9 @@ import linearize
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "accelerate": [
-        "accelerate.commands.launch", "--cpu", "--num-processes", "2", "--num-machines", "1", "--mixed-precision", "no",
-        "--dynamo-backend", "no",
+        # without --multi-gpu it starts one process, whatever their number, where there is no GPU
+        "accelerate.commands.launch", "--multi-gpu", "--num-processes", "2", "--num-machines", "1",
+        "--mixed-precision", "no", "--dynamo-backend", "no", "--main-process-port", "0",
     ],
 }  # fmt: skip
 
