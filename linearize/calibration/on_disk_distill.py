@@ -85,7 +85,7 @@ def _trained_bytes(teacher: Program, plan: Plan, names: Sequence[str], how: Dist
     mixers = [build_mixer(plan.entry(s.index).mixer, s.attention, plan.entry(s.index).options) for s in teacher.matched]
     shapes = [teacher.module.get_parameter(name).shape for name in names]
     adapters = sum(4 * how.rank * sum(shape) for shape in shapes)
-    return adapters + sum(parameter.nbytes for mixer in mixers for parameter in mixer.parameters())
+    return adapters + sum(bytes_of(p.dtype, p.shape) for mixer in mixers for p in mixer.parameters())
 
 
 def _saved(teacher: Program, blocks: Blocks, cut: int, rows: int, length: int) -> int:
