@@ -30,6 +30,8 @@ class Weights:
         dtypes: what each has to be in memory.
         values: what is not in the files, small: buffers that the source computes when it is made.
         device: where they are wanted.
+
+    `limit`: bytes that the process may take, where that is bounded.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Weights:
     ) -> None:
         self.stored, self.dtypes, self.values = dict(stored), dict(dtypes), dict(values)
         self.device = torch.device(device)
+        self.limit: int | None = None
         self.changes: dict[str, Change] = {}
         self._wanted: set[str] = set()
         self._held: dict[tuple[object, int], Tensor] = {}
@@ -61,7 +64,7 @@ class Weights:
     def changed(self, changes: Mapping[str, Change]) -> Weights:
         """The same files, with some parameters made of what is stored for them."""
         found = Weights(self.stored, self.dtypes, self.values, self.device)
-        found.changes = {**self.changes, **changes}
+        found.limit, found.changes = self.limit, {**self.changes, **changes}
         return found
 
     def _read(self, name: str) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from linearize.calibration.blocks import Blocks, shape_at
+from linearize.calibration.blocks import Blocks, all_parameters, parameter_bytes, shape_at
 from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.end_to_end_pair import head_of
-from linearize.calibration.forecast import Forecast, block_seconds
+from linearize.calibration.forecast import MARGIN, SLACK, Forecast, block_seconds
 from linearize.calibration.parallel import world
 from linearize.distill import Distill
 from linearize.errors import RecipeError
@@ -66,8 +66,8 @@ def tensors_of(trained: Program) -> Callable[[int, str], Tensor]:
 def with_distillation(
     found: Forecast, teacher: Program, plan: Plan, names: Sequence[str], how: Distill, blocks: Blocks
 ) -> Forecast:
-    """What the stage adds to a forecast of fitting: an upper estimate, as if both needed their memory at once. `names`:
-    of the matrices that get adapters."""
+    """A forecast of fitting, then of this stage, which begins when fitting has given its memory back. `names`: of the
+    matrices that get adapters."""
     if not how.tokens:
         return found
     rows, length = -(-how.batch // world()), how.lengths[0]
@@ -76,9 +76,13 @@ def with_distillation(
     taps = sum(_bytes(teacher, site.nodes.core, rows, length) for site in teacher.matched)
     inside = max(_saved(teacher, blocks, cut, rows, length) for cut in range(len(blocks.crossing)))
     trained = COPIES * _trained_bytes(teacher, plan, names, how)
-    memory = across + 4 * taps + inside + trained + LOGITS
+    largest = max(parameter_bytes(teacher, [name]) for name in all_parameters(teacher))
+    needed = found.block + largest + across + 4 * taps + inside + trained + LOGITS
+    memory = int(found.taken + needed * MARGIN) + SLACK
     seconds = 2 * block_seconds(teacher, how.tokens)  # six forwards: two, one again, and a way back of twice a forward
-    return replace(found, memory=found.memory + memory, seconds=found.seconds + seconds, disk=found.disk + trained)
+    return replace(
+        found, memory=max(found.memory, memory), seconds=found.seconds + seconds, disk=found.disk + trained
+    )
 
 
 def _trained_bytes(teacher: Program, plan: Plan, names: Sequence[str], how: Distill) -> int:
