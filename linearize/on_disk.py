@@ -26,6 +26,7 @@ from linearize.calibration.limits import free_memory
 from linearize.calibration.on_disk_distill import check_distill, tensors_of, with_distillation, with_fitted
 from linearize.calibration.parallel import rank, wait
 from linearize.calibration.samples import sample_length
+from linearize.calibration.samples_from_disk import reads_text
 from linearize.capture.on_disk import capture_directory, stored_tensors
 from linearize.errors import RecipeError, RewriteError
 from linearize.files import check_new_directory
@@ -119,6 +120,8 @@ def compile_directory(
     found = with_distillation(found, teacher, plan, projections_of(teacher), how, blocks)
     (say or _print)(str(found))
     check_fits(found, memory, target.absolute().parent)
+    if calibration is None and budget + how.tokens:
+        (say or _print)(reads_text(teacher))
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     report = start_report(student, plan, seed)
     data = _described(given, calibration) if calibration is not None else None

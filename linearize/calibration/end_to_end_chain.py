@@ -149,7 +149,7 @@ def _same(nodes: Sequence[fx.Node], known: dict[str, fx.Node], student: Program)
     if lost:
         raise RewriteError(
             f"{student.model_name} cannot be distilled block by block: {lost[0]}, which crosses from one block of the "
-            "source to the next, was rewritten; distil it on one process, in memory"
+            "source to the next, was rewritten; distil it in memory, on one process or with distill.shard = false"
         )
     return [known[node.name] for node in nodes]
 

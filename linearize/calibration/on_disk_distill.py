@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -94,8 +95,8 @@ def _trained_bytes(teacher: Program, plan: Plan, names: Sequence[str], how: Dist
 
 def _saved(teacher: Program, blocks: Blocks, cut: int, rows: int, length: int) -> int:
     """All that one block computes, of which autograd keeps most."""
-    last = head_of(teacher)[0].args[0]
-    return sum(_node_bytes(teacher, node, rows, length) for node in blocks.nodes(cut, last))  # type: ignore[arg-type]
+    last: Any = head_of(teacher)[0].args[0]
+    return sum(_node_bytes(teacher, node, rows, length) for node in blocks.nodes(cut, last))
 
 
 def _bytes(program: Program, name: str, rows: int, length: int) -> int:

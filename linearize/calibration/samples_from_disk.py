@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize.calibration.blocks import all_parameters, parameter_bytes
 from linearize.calibration.limits import free_memory, used_memory
 from linearize.calibration.parallel import told_by_first
 from linearize.calibration.samples import first_tokens, repeat_segments, sample_length, vocabulary_of, with_cache
+from linearize.printing import bytes_text
 from linearize.program import MASK, POSITIONS, TOKENS, Program
 from linearize.progress import Progress
 from linearize.rewriting.walk import evaluate
@@ -43,6 +45,15 @@ def sample_from_disk(teacher: Program, tokens: int, length: int, seed: int, prog
     drawn = [_continue(program, *part, progress) for part in parts]
     joined = torch.cat(drawn).reshape(rows, each * size)[:, :length]
     return [repeat_segments(joined, generator)]
+
+
+def reads_text(teacher: Program) -> str:
+    """What drawing costs, before it is done."""
+    size = bytes_text(parameter_bytes(teacher, all_parameters(teacher)))
+    return (
+        f"no data is given: own samples are drawn, for which all weights ({size}) are read {PIECE - 1} times, more "
+        "often where not all pieces fit in memory at once; text (--data FILE) needs none of it"
+    )
 
 
 def at_once(program: Program, size: int, vocabulary: int) -> int:

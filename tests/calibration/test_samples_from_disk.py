@@ -100,9 +100,11 @@ def test_a_model_on_disk_is_fitted_without_data(source: Path, tmp_path: Path, mo
     monkeypatch.setattr(
         samples_from_disk, "sample_from_disk", lambda *given: (drawn.append(given[1]), sample(*given))[1]
     )
+    said: list[str] = []
     model = on_disk.compile_directory(
-        source, tmp_path / "out", "lizard{window=4}", tokens=256, distill=128, progress=False, say=lambda text: None
+        source, tmp_path / "out", "lizard{window=4}", tokens=256, distill=128, progress=False, say=said.append
     )
+    assert "are read 7 times" in said[1]
     assert drawn == [256, 128 * 8 // 7]
     assert model.report.data == "the teacher's own samples, in pieces of 64 tokens"
     report = linearize.load(tmp_path / "out").report
