@@ -2,6 +2,7 @@
 
     python benchmarks/bench_streaming.py                       both widths, 12 and 48 layers; about 20 minutes
     python benchmarks/bench_streaming.py --width 192 --layers 3 6 --tokens 1024    to see that it runs
+    python benchmarks/bench_streaming.py --layers 24 --tokens 0 --distill 1024 --no-limit    distilled, not fitted
 
 The embedded model's architecture, widened and with random weights, is fitted to random tokens, each in a process of its
 own. Memory is what the system says the process held (VmHWM), from the forecast to the written directory, and over the
@@ -56,7 +57,7 @@ def make(folder: Path, layers: int, width: int) -> int:
     return sum(one.nbytes for one in planned.values())
 
 
-def fit(source: Path, output: Path, tokens: int, spill: str, limit: int) -> dict[str, Any]:
+def fit(source: Path, output: Path, tokens: int, distill: int, spill: str, limit: int) -> dict[str, Any]:
     """In a process of its own: compile, and what it took."""
     import time
 
@@ -64,12 +65,15 @@ def fit(source: Path, output: Path, tokens: int, spill: str, limit: int) -> dict
 
     from linearize import on_disk
     from linearize.calibration.limits import peak_memory, reset_peak
+    from linearize.distill import Distill
+    from linearize.recipe import Recipe
 
     torch.set_num_threads(1)
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     generator = torch.Generator().manual_seed(0)
-    data = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(tokens // (ROWS * LENGTH))]
+    count = max(tokens, distill * 8 // 7) // (ROWS * LENGTH)
+    data = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(count)]
     found: dict[str, Any] = {}
     forecast = on_disk.forecast
 
@@ -81,23 +85,33 @@ def fit(source: Path, output: Path, tokens: int, spill: str, limit: int) -> dict
         found["started"] = time.perf_counter()
         return known
 
-    on_disk.forecast = watched
+    add = on_disk.with_distillation
+
+    def watched_again(*args: Any) -> Any:
+        known = add(*args)
+        found.update(predicted=known.memory, predicted_seconds=known.seconds, text=str(known))
+        return known
+
+    on_disk.forecast, on_disk.with_distillation = watched, watched_again
+    how = Distill(tokens=distill, lengths=(LENGTH,), batch=ROWS)
+    recipe = Recipe.load(RECIPE).model_copy(update={"distill": how})
     model = on_disk.compile_directory(
-        source, output, RECIPE, calibration=data, tokens=tokens, progress=False, spill=spill,  # type: ignore[arg-type]
+        source, output, recipe, calibration=data, tokens=tokens, progress=False, spill=spill,  # type: ignore[arg-type]
         say=lambda text: None,
     )  # fmt: skip
     found["seconds"] = time.perf_counter() - found.pop("started")
     found["peak"] = peak_memory()
     found["error"] = model.report.mean_error()
+    found["end_to_end"] = model.report.end_to_end.model_dump() if model.report.end_to_end is not None else None
     return found
 
 
-def measure(layers: int, width: int, tokens: int, spill: str, limited: bool) -> dict[str, Any]:
+def measure(layers: int, width: int, tokens: int, distill: int, spill: str, limited: bool) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="bench-streaming-"))
     try:
         size = make(folder / "source", layers, width)
         limit = int(size * 0.9) if limited else 0
-        command = [sys.executable, __file__, "--child", json.dumps([str(folder), tokens, spill, limit])]
+        command = [sys.executable, __file__, "--child", json.dumps([str(folder), tokens, distill, spill, limit])]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         return {"layers": layers, "width": width, "weights": size, "limit": limit, **found}
@@ -117,21 +131,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 48])
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--distill", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--spill", default="disk")
     parser.add_argument("--no-limit", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        folder, tokens, spill, limit = json.loads(given.child)
-        print(json.dumps(fit(Path(folder) / "source", Path(folder) / "out", tokens, spill, limit)))
+        folder, *rest = json.loads(given.child)
+        print(json.dumps(fit(Path(folder) / "source", Path(folder) / "out", *rest)))
         return
     print("| layers | width | weights, MiB | block | peak of capture | predicted | peak | limit | s | expected |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     runs = [(layers, False) for layers in given.layers] + ([] if given.no_limit else [(given.layers[-1], True)])
     rows = []
     for layers, limited in runs:
-        rows.append(measure(layers, given.width, given.tokens, given.spill, limited))
+        rows.append(measure(layers, given.width, given.tokens, given.distill, given.spill, limited))
         print(row(rows[-1]), flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.keys import tokens_key
 from linearize.calibration.low_rank import whitened_factors
+from linearize.calibration.parallel import world
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.scores import site_scores
 from linearize.calibration.searches import search_plan
@@ -197,7 +198,9 @@ def start_report(program: Program, plan: Plan, seed: int) -> Report:
         for entry in plan.entries
     ]
     refused = [f"site {site.index} ({site.module}): {site.reason}" for site in program.refused]
-    return Report(recipe=plan.recipe, seed=seed, sites=rows, refused=refused, notes=list(program.notes))
+    return Report(
+        recipe=plan.recipe, seed=seed, processes=world(), sites=rows, refused=refused, notes=list(program.notes)
+    )
 
 
 def load(directory: str | Path) -> LinearizedModel:

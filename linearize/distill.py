@@ -21,6 +21,7 @@ class Distill(BaseModel):
         whole. "auto" takes adapters below 50M tokens.
     rank: of the adapters.
     window_dropout: share of the steps in which every window is cut to one token, so that the far field has to answer.
+    shard: on several processes, each keeps a part of what is trained, of its gradients and of Adam's moments (FSDP2).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +34,7 @@ class Distill(BaseModel):
     rank: int = Field(default=16, ge=1)
     hidden_share: float = Field(default=0.25, ge=0, lt=1)
     window_dropout: float = Field(default=0.1, ge=0, lt=1)
+    shard: bool = True
 
     @property
     def full(self) -> bool:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from linearize.api import SCORE_TOKENS, check_dynamic, check_sites, finish, plan_sites, start_report
@@ -22,12 +23,16 @@ from linearize.calibration.checkpoints import Checkpoints, forget
 from linearize.calibration.data import checked_batches, split_rows
 from linearize.calibration.forecast import check_fits, forecast
 from linearize.calibration.limits import free_memory
+from linearize.calibration.on_disk_distill import check_distill, tensors_of, with_distillation, with_fitted
 from linearize.calibration.parallel import rank, wait
+from linearize.calibration.samples import sample_length
+from linearize.calibration.samples_from_disk import reads_text
 from linearize.capture.on_disk import capture_directory, stored_tensors
-from linearize.errors import DataError, RecipeError, RewriteError
+from linearize.errors import RecipeError, RewriteError
 from linearize.files import check_new_directory
 from linearize.mixers import build_mixer
-from linearize.passes.calibrate import CalibrateOutputs
+from linearize.passes.calibrate import CalibrateOutputs, DistillEndToEnd
+from linearize.passes.calibrate.distill_end_to_end import projections_of
 from linearize.passes.rewrite import CarryHistory, InsertMixers, RaiseAttention, keep_worst
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan, PlanEntry
@@ -52,6 +57,7 @@ def compile_directory(
     calibration: Iterable[Tensor] | None = None,
     plan: Plan | None = None,
     tokens: int | None = None,
+    distill: int | None = None,
     seed: int = 0,
     progress: bool = True,
     memory: int | None = None,
@@ -64,8 +70,8 @@ def compile_directory(
     Args:
         source: a directory with config.json and safetensors files; nothing in it is changed.
         output: the directory to write, as `LinearizedModel.save_pretrained` would; it appears complete or not at all.
-        recipe, calibration, plan, tokens, seed, progress: as for `linearize.compile`; without `calibration` nothing can
-            be fitted, because the model is not sampled.
+        recipe, calibration, plan, tokens, distill, seed, progress: as for `linearize.compile`; without `calibration`
+            the model's own samples are short pieces, because every step reads all of its weights.
         memory: bytes that this process may take; None for what the machine and its limits leave.
         spill: where activations between blocks are kept; "auto": in memory where they take less than half of it.
         work: a folder for finished layers and activations, on the disk of `output`; None takes `output` + ".fitting".
@@ -77,7 +83,7 @@ def compile_directory(
         the weights.
 
     Raises:
-        DataError: it cannot be done in this memory or on this disk; nothing to fit on.
+        DataError: it cannot be done in this memory or on this disk, or the data is unusable.
         ArtifactError: no such model, or files that are not read in pieces. And what `compile` raises.
     """
     target = Path(output)
@@ -87,16 +93,21 @@ def compile_directory(
     if plan is not None and plan.fit is not None:
         policy = policy.model_copy(update={"fit": plan.fit})
     budget = policy.fit.tokens if tokens is None else tokens
+    how = policy.distill if distill is None else policy.distill.model_copy(update={"tokens": distill})
     scored = plan is None and bool(policy.wanted_scores())
-    check_possible(policy, plan, calibration is not None, budget, scored)
+    check_possible(policy, plan)
+    check_distill(how)
     captured = capture_directory(source)
+    if captured.weights is not None:
+        captured.weights.limit = memory
     check_dynamic(captured)
     check_sites(captured, policy)
     teacher = run_pipeline(captured, [RaiseAttention()])
     check_pieces(teacher)
-    wanted = max(budget, SCORE_TOKENS if scored else 0)
+    wanted = max(budget, SCORE_TOKENS if scored else 0, how.tokens)
     given = checked_batches(calibration, captured.vocab_size, wanted) if calibration is not None and wanted else []
-    batches = split_rows(checked_batches(given, captured.vocab_size, budget), policy.fit.batch) if budget > 0 else []
+    shapes = given if calibration is not None or not budget else [own_shape(captured, budget, policy.fit.length)]
+    batches = split_rows(checked_batches(shapes, captured.vocab_size, budget), policy.fit.batch) if budget > 0 else []
     share = policy.keep_worst if plan is None else 0.0
     plan = plan or plan_sites(teacher, policy, given or None, seed, progress)
     plan.check([site.index for site in captured.matched])
@@ -104,42 +115,49 @@ def compile_directory(
     del captured
     gc.collect()
     give_memory_back()
-    found = forecast(teacher, plan, policy.fit, batches, Blocks(teacher), memory, spill)
+    blocks = Blocks(teacher)
+    found = forecast(teacher, plan, policy.fit, batches, blocks, memory, spill)
+    found = with_distillation(found, teacher, plan, projections_of(teacher), how, blocks)
     (say or _print)(str(found))
     check_fits(found, memory, target.absolute().parent)
+    if calibration is None and budget + how.tokens:
+        (say or _print)(reads_text(teacher))
     student = run_pipeline(teacher, [InsertMixers(plan), CarryHistory()])
     report = start_report(student, plan, seed)
-    if policy.distill.tokens:
-        report.notes.append("not distilled end to end, which needs the whole model in memory")
-    fit = CalibrateOutputs(
-        teacher, policy.fit, _described(given, calibration), tokens, seed, progress, report, folder, not found.in_memory
-    )
+    data = _described(given, calibration) if calibration is not None else None
+    fit = CalibrateOutputs(teacher, policy.fit, data, tokens, seed, progress, report, folder, not found.in_memory)
     kept = fit.checkpoints(student) if batches else Checkpoints(None, "")
     student = run_pipeline(student, [fit])
     if share:
         plan, student = keep_worst(teacher, student, plan, report, share)
+    mixer_tensor = _mixer_tensors(teacher, plan, kept)
+    if how.tokens:
+        distil = DistillEndToEnd(teacher, how, data, seed, progress, report, folder)
+        trained = run_pipeline(with_fitted(student, teacher, plan, kept), [distil])
+        mixer_tensor, student = tensors_of(trained), student.replace(weights=trained.weights)
     model = finish(student, plan, report, files)
     if not rank():
-        save_from_disk(model, target, _mixer_tensors(teacher, plan, kept), (kept.folder or folder) / "result")
+        save_from_disk(model, target, mixer_tensor, (kept.folder or folder) / "result")
         if work is None:
             forget(folder)
     wait()
     return model
 
 
-def check_possible(policy: Recipe, plan: Plan | None, has_data: bool, budget: int, scored: bool) -> None:
+def check_possible(policy: Recipe, plan: Plan | None) -> None:
     """Refuse what needs the whole model in memory."""
-    if not has_data and (budget > 0 or scored):
-        raise DataError(
-            "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
-            "(--data FILE, or calibration=...)" + ("" if scored else ", or fit nothing (--tokens 0)")
-        )
     searched = sorted(policy.searches) if plan is None else ["low_rank"] * bool(plan.low_rank)
     if searched:
         raise RecipeError(
             f"{searched[0]} looks at the whole model in memory, which a model that stays on disk is not: compile it "
             "without streaming, or leave that out of the recipe or plan"
         )
+
+
+def own_shape(program: Program, tokens: int, length: int) -> Tensor:
+    """As many rows as the model's own samples will have, for the forecast."""
+    length = sample_length(program, length)
+    return torch.zeros(max(8, -(-tokens // length)), length, dtype=torch.int64)
 
 
 def needs_streaming(source: str | Path) -> bool:

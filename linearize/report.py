@@ -43,12 +43,14 @@ class Report(BaseModel):
 
     `kernels`: for each operator node, the kernel that is asked first; `declined`: kernels of these operators that this
     machine cannot use, and why. Which kernel a call took depends on its sizes: `linearize.kernels.recording` says.
+    `processes`: that fitted it together.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     recipe: str = ""
     seed: int = 0
+    processes: int = 1
     tokens_fitted: int = 0
     tokens_held_out: int = 0
     data: str = ""

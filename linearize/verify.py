@@ -67,18 +67,31 @@ def shapes_at(program: Program, batch: int, length: int) -> dict[fx.Node, tuple[
     batch, length = program.fixed_batch or batch, program.fixed_length or length
     environment = ShapeEnv()  # for operators that return as many rows as the values say
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment), torch.no_grad():
-        inputs = [_fake_input(node, program, batch, length) for node in program.placeholders()]
-        interpreter = _Shapes(program.module)
+        place = _place(program)
+        inputs = [_fake_input(node, place, batch, length) for node in program.placeholders()]
+        interpreter = _Shapes(program.module, place)
         interpreter.run(*inputs)
     return interpreter.shapes
 
 
 class _Shapes(fx.Interpreter):
-    """Keeps the shapes. Opaque leaves give what their shape function says: they could not run without values."""
+    """Keeps the shapes. Opaque leaves give what their shape function says: they could not run without values. What is
+    on the meta device counts as being at `place`."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, place: torch.device) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self._place = place
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        away = isinstance(value, torch.Tensor) and value.is_meta and self._place.type != "meta"
+        return torch.empty_like(value, device=self._place) if away else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if str(kwargs.get("device")) == "meta":
+            kwargs = {**kwargs, "device": self._place}
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, node: fx.Node) -> Any:
         value = self._value(node)
@@ -93,11 +106,17 @@ class _Shapes(fx.Interpreter):
         return node.meta[LEAF]["outputs"](args, kwargs)
 
 
-def _fake_input(node: fx.Node, program: Program, batch: int, length: int) -> torch.Tensor:
+def _place(program: Program) -> torch.device:
+    """Where the parameters are; of a model on disk, of which some have values already, where the rest will be."""
+    some = any(not parameter.is_meta for parameter in program.module.parameters())
+    return program.place if program.weights is not None and some else program.device
+
+
+def _fake_input(node: fx.Node, place: torch.device, batch: int, length: int) -> torch.Tensor:
     state: StateTensor | None = node.meta.get("state")
     if state is not None:
-        return state.zeros(batch, program.device)
-    return torch.ones((batch, length), dtype=torch.int64, device=program.device)
+        return state.zeros(batch, place)
+    return torch.ones((batch, length), dtype=torch.int64, device=place)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from linearize.errors import ArtifactError
 from linearize.tensorfile import Stored, bytes_of, read_tensor
 
+Change = Callable[[Tensor], Tensor]
 ATTACHED = "_linearize_weights"
 SLICE = 4096
 
@@ -29,6 +30,8 @@ class Weights:
         dtypes: what each has to be in memory.
         values: what is not in the files, small: buffers that the source computes when it is made.
         device: where they are wanted.
+
+    `limit`: bytes that the process may take, where that is bounded.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Weights:
     ) -> None:
         self.stored, self.dtypes, self.values = dict(stored), dict(dtypes), dict(values)
         self.device = torch.device(device)
+        self.limit: int | None = None
+        self.changes: dict[str, Change] = {}
         self._wanted: set[str] = set()
         self._held: dict[tuple[object, int], Tensor] = {}
 
@@ -52,6 +57,17 @@ class Weights:
             return self.values[name].to(self.device)
         if name not in self.stored:
             raise ArtifactError(f"{name} has no values: it is in none of the checkpoint's files")
+        if name in self.changes:
+            return self.changes[name](self._read(name))
+        return self._read(name)
+
+    def changed(self, changes: Mapping[str, Change]) -> Weights:
+        """The same files, with some parameters made of what is stored for them."""
+        found = Weights(self.stored, self.dtypes, self.values, self.device)
+        found.limit, found.changes = self.limit, {**self.changes, **changes}
+        return found
+
+    def _read(self, name: str) -> Tensor:
         stored = self.stored[name]
         key = (stored.path, stored.start)  # two names of a tied tensor are one
         if key in self._held:

@@ -182,11 +182,6 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
         compiled(source, tmp_path / "out")
 
 
-def test_a_model_on_disk_is_not_sampled(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(DataError, match="give text to fit on"):
-        compiled(source, tmp_path / "out", calibration=None)
-
-
 @pytest.mark.parametrize("recipe", ["kvsharer", "svd-llm"])
 def test_what_looks_at_the_whole_model_is_left_to_compile(tmp_path: Path, source: Path, recipe: str) -> None:
     with pytest.raises(RecipeError, match="compile it without streaming"):

@@ -51,6 +51,12 @@ class Blocks:
             targets.append(self._names[self.sites[cut - 1].nodes.core])
         return {str(node.target) for node in cone(targets, self.crossing[cut]) if node.op == "get_attr"}
 
+    def nodes(self, cut: int, last: fx.Node) -> list[fx.Node]:
+        """What is computed between a cut and the next, or behind the last one up to `last`, without parameters."""
+        targets = self.crossing[cut + 1] if cut + 1 < len(self.crossing) else [last]
+        inside = cone(targets, self.crossing[cut]) - set(self.crossing[cut])
+        return [node for node in self._nodes if node in inside and node.op != "get_attr"]
+
     def working_bytes(self, cut: int, batch: int, length: int) -> int:
         """The most bytes of activations alive at once while a block runs on one batch."""
         targets = self.crossing[cut + 1] if cut + 1 < len(self.crossing) else []

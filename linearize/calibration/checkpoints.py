@@ -25,7 +25,7 @@ from linearize.errors import ArtifactError
 from linearize.files import write_atomically
 from linearize.mixers import Mixer
 from linearize.report import SiteReport
-from linearize.tensorfile import Stored, read_header
+from linearize.tensorfile import Planned, Stored, read_header, write_tensors
 
 ROW = "row"
 
@@ -72,12 +72,15 @@ class Checkpoints:
         self._write(f"site-{row.site}", mixer.state_dict(), {ROW: row.model_dump_json()})
 
     def store(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Keep tensors and text under a name, for a stage that has its own form of them.
+        """Keep tensors and text under a name, for a stage that has its own form of them; no second copy is made.
 
         Raises:
             ArtifactError: it cannot be written; what was kept before stays.
         """
-        self._write(name, tensors, metadata)
+        file = self._file(name)
+        if file is not None:
+            _make_folder(file.parent)
+            write_tensors(file, {key: Planned.of(tensor) for key, tensor in tensors.items()}, metadata)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """What `store` kept under that name; None where nothing usable is."""
@@ -121,11 +124,15 @@ class Checkpoints:
         file = self._file(name)
         if file is None:
             return
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"cannot keep what is fitted in {file.parent}: {error.strerror or error}") from error
+        _make_folder(file.parent)
         write_atomically(file, save({key: _own(tensor) for key, tensor in tensors.items()}, metadata))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot keep what is fitted in {folder}: {error.strerror or error}") from error
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A tap is a value that both compute: the input of each attention's block (where i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from linearize.mixers import Mixer
 from linearize.mixers.delay_line import DelayLine
 from linearize.program import MASK, MIXERS, POSITIONS, TOKENS, Program, StateTensor
 from linearize.rewriting.taps import tapped
-from linearize.rewriting.walk import attribute, is_op
+from linearize.rewriting.walk import attribute, is_op, parameter
 
 aten = torch.ops.aten
 ENTRYWISE = (
@@ -37,25 +37,33 @@ class Side:
         self._module = tapped(program.module, [str(node.args[0]), *taps])
         self._inputs = [found for found in self._module.graph.nodes if found.op == "placeholder"]
 
+    @property
+    def head_names(self) -> set[str]:
+        return {str(arg.target) for arg in self._head[1:3] if isinstance(arg, fx.Node)}
+
     def head(self) -> Head:
         names = [str(arg.target) for arg in self._head[1:3] if isinstance(arg, fx.Node)]
-        weight, *bias = (attribute(self.program.module, name) for name in names)
+        weight, *bias = (parameter(self.program.module, name) for name in names)
         return Head(weight, bias[0] if bias else None, self._after)
 
     def values(self, ids: Tensor) -> list[Tensor]:
         """On int64 [B, T], from an empty state."""
-        states = current_states(self.program)
-        made = {
-            TOKENS: ids,
-            MASK: torch.ones_like(ids),
-            POSITIONS: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
-        }
-        given = [
-            made[name] if name in made else states.get(name, node.meta.get("state")).zeros(len(ids), ids.device)
-            for node in self._inputs
-            for name in [str(node.target)]
-        ]
-        return list(self._module(*given))
+        return list(self._module(*starting_values(self.program, self._inputs, ids)))
+
+
+def starting_values(program: Program, inputs: Sequence[fx.Node], ids: Tensor) -> list[Tensor]:
+    """What placeholders are given for whole sequences int64 [B, T] without padding, from an empty state."""
+    states = current_states(program)
+    made = {
+        TOKENS: ids,
+        MASK: torch.ones_like(ids),
+        POSITIONS: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
+    }
+    named = {str(node.target): node for node in inputs}
+    return [
+        made[name] if name in made else (states.get(name) or node.meta["state"]).zeros(len(ids), ids.device)
+        for name, node in named.items()
+    ]
 
 
 @dataclass
@@ -71,16 +79,36 @@ class Pair:
         Raises:
             RewriteError: the logits are no linear map of hidden states.
         """
+        taps = Pair.taps(teacher, student)
+        return Pair(Side(teacher, [theirs for theirs, _ in taps]), Side(student, [ours for _, ours in taps]))
+
+    @staticmethod
+    def taps(teacher: Program, student: Program) -> list[tuple[str, str]]:
+        """Names of the nodes that both sides compute: (teacher's, student's)."""
         known = student.nodes_by_name()
-        taps: list[tuple[str, str]] = []
+        found: list[tuple[str, str]] = []
         for site in teacher.matched:
             hidden = site.nodes.hidden
             if hidden is not None and hidden in known and site is not teacher.matched[0]:
-                taps.append((hidden, hidden))
+                found.append((hidden, hidden))
             output = mixer_output(student, site.index)
             if output is not None:
-                taps.append((site.nodes.core, output))
-        return Pair(Side(teacher, [ours for ours, _ in taps]), Side(student, [theirs for _, theirs in taps]))
+                found.append((site.nodes.core, output))
+        return found
+
+    def values(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(student's, teacher's): [hidden states, *taps]; gradients go through the student's."""
+        with torch.no_grad():
+            expected = self.teacher.values(ids)
+        return self.student.values(ids), expected
+
+    @contextmanager
+    def shared_out(self, shard: bool) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+        """What stands for a parameter while it is trained, where that is not the parameter itself."""
+        yield {}
+
+    def heads(self) -> tuple[Head, Head]:
+        return self.student.head(), self.teacher.head()
 
 
 def mixer_output(student: Program, site: int) -> str | None:
@@ -164,10 +192,10 @@ def training_only(parameters: list[nn.Parameter], *modules: nn.Module) -> Iterat
     everything = {id(p): p for module in modules for p in module.parameters()} | {id(p): p for p in parameters}
     before = {key: p.requires_grad for key, p in everything.items()}
     chosen = {id(p) for p in parameters}
-    for key, parameter in everything.items():
-        parameter.requires_grad_(key in chosen)
+    for key, one in everything.items():
+        one.requires_grad_(key in chosen)
     try:
         yield
     finally:
-        for key, parameter in everything.items():
-            parameter.requires_grad_(before[key])
+        for key, one in everything.items():
+            one.requires_grad_(before[key])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.parallel import rank
+from linearize.calibration.sharding import own_part, whole
 
 NAME = "end-to-end"
 KINDS = ("now", "best", "first", "second")
@@ -40,21 +41,24 @@ class TrainingState:
                 parameter.copy_(best)
 
     def keep(self, found: Progressed, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-        """Write a checkpoint, complete or not at all.
+        """Write a checkpoint, complete or not at all: the first process does, of whole tensors, for which all of them
+        have to call this where parameters are sharded.
 
         Raises:
             ArtifactError: it cannot be written; the one before stays.
         """
-        if rank():
-            return  # all processes have the same
+        if self.checkpoints.folder is None:
+            return
         tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(parameters):
             moments = optimiser.state.get(parameter, {})
             first, second = moments.get("exp_avg"), moments.get("exp_avg_sq")
             for kind, value in zip(KINDS, (parameter, self.best[index], first, second), strict=True):
                 if value is not None:
-                    tensors[f"{kind}.{index}"] = value
-        self.checkpoints.store(NAME, tensors, {"progress": json.dumps(found._asdict())})
+                    gathered = whole(value.detach())
+                    tensors |= {f"{kind}.{index}": gathered.cpu()} if not rank() else {}
+        if not rank():
+            self.checkpoints.store(NAME, tensors, {"progress": json.dumps(found._asdict())})
 
     def restore(self, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> Progressed | None:
         """Go on from what was kept: parameters, moments and best weights are set; None where nothing usable is."""
@@ -64,8 +68,8 @@ class TrainingState:
         tensors, metadata = stored
         try:
             found = Progressed(**json.loads(metadata["progress"]))
-            now = [tensors[f"now.{index}"].reshape(parameter.shape) for index, parameter in enumerate(parameters)]
-            self.best = [tensors[f"best.{i}"].to(p).reshape(p.shape) for i, p in enumerate(parameters)]
+            now = [own_part(tensors[f"now.{index}"], parameter) for index, parameter in enumerate(parameters)]
+            self.best = [own_part(tensors[f"best.{index}"], parameter) for index, parameter in enumerate(parameters)]
         except (KeyError, ValueError, TypeError, RuntimeError):
             return None
         with torch.no_grad():
@@ -74,7 +78,7 @@ class TrainingState:
                 first, second = tensors.get(f"first.{index}"), tensors.get(f"second.{index}")
                 if first is not None and second is not None:
                     optimiser.state[parameter] = {
-                        "step": torch.tensor(float(found.step)), "exp_avg": first.to(parameter),
-                        "exp_avg_sq": second.to(parameter),
+                        "step": torch.tensor(float(found.step)), "exp_avg": own_part(first, parameter),
+                        "exp_avg_sq": own_part(second, parameter),
                     }  # fmt: skip
         return found

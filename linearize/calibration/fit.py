@@ -22,6 +22,7 @@ from linearize.spec import Site
 
 LOOK_EVERY, LOOKS, PATIENCE = 8, 8, 3  # steps between looks at the held-out error, at most so many, worse ones in a row
 
+
 def output_error(mixer: Mixer, stream: TeacherStream, site: Site) -> float:
     """Relative MSE over all batches of the stream, sums in float64.
 
@@ -118,7 +119,7 @@ def _descend(mixer: Mixer, train: TeacherStream, site: Site, fit: Fit, best: Bes
             raise DataError(f"site {site.index} ({site.module}): the loss is not finite on batch {step}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(mixer)
+        average_gradients(mixer.parameters())
         torch.nn.utils.clip_grad_norm_(mixer.parameters(), 1.0)
         optimiser.step()
         schedule.step()

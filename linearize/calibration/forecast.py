@@ -90,7 +90,7 @@ def forecast(
     in_memory = spill == "memory" or (spill == "auto" and least + kept <= taken + (limit - taken) // 2)
     tokens = sum(batch.numel() for batch in batches)
     share = len(batches) / 3
-    total = _block_seconds(teacher, tokens) + sum(seconds[_kind(teacher, entry)] for entry in plan.entries) * share
+    total = block_seconds(teacher, tokens) + sum(seconds[_kind(teacher, entry)] for entry in plan.entries) * share
     disk = result + mixers + (0 if in_memory else kept)
     return Forecast(least + (kept if in_memory else 0), disk, total, taken, block, kept // 2, in_memory)
 
@@ -191,7 +191,7 @@ def _trials(teacher: Program, plan: Plan, fit: Fit, rows: int, length: int) -> t
     return most, seconds
 
 
-def _block_seconds(teacher: Program, tokens: int) -> float:
+def block_seconds(teacher: Program, tokens: int) -> float:
     """Of the teacher's products on all tokens, thrice each (to move on, and to fit twice), by the speed of one."""
     left, right = torch.randn(SAMPLE, SAMPLE), torch.randn(SAMPLE, SAMPLE)
     left @ right

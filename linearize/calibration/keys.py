@@ -24,10 +24,12 @@ def tokens_key(batches: list[Tensor]) -> str:
 def model_key(program: Program) -> str:
     """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers. Of a model
     that stays on disk slices of its files count."""
-    if program.weights is not None:
-        return hash_of("on disk", program.model_name, program_text(program), program.weights.key())
     digest = hashlib.sha256(f"1 {program.model_name}\n{program_text(program)}".encode())
-    for name, parameter in sorted(program.module.named_parameters()):
+    if program.weights is not None:
+        digest = hashlib.sha256(f"on disk {program.model_name}\n{program_text(program)}".encode())
+        digest.update(program.weights.key().encode())
+    own = [(name, parameter) for name, parameter in program.module.named_parameters() if not parameter.is_meta]
+    for name, parameter in sorted(own):
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // SAMPLES)].double()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {flat.double().sum().item()}".encode())

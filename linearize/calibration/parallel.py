@@ -9,7 +9,7 @@ one process nothing here does anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,7 +37,8 @@ def launched_rank() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """The group that a launcher's environment describes, unless there is one already or none is described."""
+    """The group that a launcher's environment describes, unless there is one already or none is described: `nccl` for
+    what is on a GPU, `gloo` for what is not."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ
     if alone or not dist.is_available() or dist.is_initialized():
         yield
@@ -45,7 +46,7 @@ def joined() -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield
         dist.barrier()
@@ -60,7 +61,10 @@ def share(batches: Sequence[Tensor], what: str) -> list[Tensor]:
         DataError: there are fewer batches than processes.
     """
     if len(batches) < world():
-        raise DataError(f"{len(batches)} batches to {what} are fewer than the {world()} processes; start fewer of them")
+        raise DataError(
+            f"{len(batches)} batches to {what} are fewer than the {world()} processes; give more tokens, make batches "
+            "smaller (the recipe's fit.batch), or start fewer processes"
+        )
     return list(batches[rank() :: world()])
 
 
@@ -80,9 +84,9 @@ def summed_numbers(*numbers: float) -> list[float]:
     return [float(number) for number in summed([torch.tensor(numbers, dtype=torch.float64, device=_place())])[0]]
 
 
-def average_gradients(module: nn.Module) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Of all parameters that have one, as one tensor."""
-    gradients = [one.grad for one in module.parameters() if one.grad is not None] if world() > 1 else []
+    gradients = [one.grad for one in parameters if one.grad is not None] if world() > 1 else []
     if not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

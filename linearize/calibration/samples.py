@@ -27,7 +27,8 @@ REPEAT_EVERY = 4
 
 
 def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progress: Progress) -> list[Tensor]:
-    """int64 rows [B, length] drawn at temperature 1, `tokens` tokens or a few more.
+    """int64 rows [B, length] drawn at temperature 1, `tokens` tokens or a few more; of a model that stays on disk
+    `samples_from_disk` does it, in short pieces.
 
     Rows start from the source's `bos_token_id`; sources without one start from a random token.
 
@@ -35,18 +36,16 @@ def sample_teacher(teacher: Program, tokens: int, length: int, seed: int, progre
         DataError: the vocabulary is unknown, so nothing can be drawn; pass calibration data.
     """
     if teacher.weights is not None:
-        raise DataError(
-            "a model that stays on disk is not sampled: every token would read all of its weights; give text to fit on "
-            "(--data FILE, or calibration=...), or fit nothing (--tokens 0)"
-        )
-    vocabulary = teacher.vocab_size
-    if vocabulary is None:
-        raise DataError("the model embeds no token ids in a way that tells its vocabulary; pass calibration data")
-    model = _with_cache(teacher)
-    length = min(length, _limit(teacher) or length, model.program.max_positions or length)
+        from linearize.calibration.samples_from_disk import sample_from_disk
+
+        return sample_from_disk(teacher, tokens, length, seed, progress)
+    vocabulary, plan = vocabulary_of(teacher), keep_all(teacher)
+    program = with_cache(teacher)
+    model = LinearizedModel(program, program, plan, Report(), {}).eval()
+    length = sample_length(program, length)
     rows = max(8, -(-tokens // length))
     generator = torch.Generator(device=teacher.device).manual_seed(seed)
-    start = _first_tokens(teacher, rows, vocabulary, generator)
+    start = first_tokens(teacher, rows, vocabulary, generator)
     batches = []
     with torch.no_grad():
         for part in progress.track(start.split(ROWS_AT_ONCE), "sampling the teacher"):
@@ -71,19 +70,37 @@ def _draw(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high, (1,), generator=generator, device=generator.device))
 
 
-def _with_cache(teacher: Program) -> LinearizedModel:
-    """The teacher itself, run with a key-value cache: the `keep` mixer at every site."""
+def vocabulary_of(teacher: Program) -> int:
+    """
+    Raises:
+        DataError: it is unknown.
+    """
+    if teacher.vocab_size is None:
+        raise DataError("the model embeds no token ids in a way that tells its vocabulary; pass calibration data")
+    return teacher.vocab_size
+
+
+def sample_length(program: Program, length: int) -> int:
+    """The length of rows, where a model with a cache cannot take that many tokens: what it can."""
+    return min(length, _limit(program) or length, program.max_positions or length)
+
+
+def keep_all(teacher: Program) -> Plan:
     entries = [PlanEntry(site=site.index, module=site.module, mixer="keep") for site in teacher.matched]
-    plan = Plan(recipe="none", entries=tuple(entries))
-    program = run_pipeline(teacher, [InsertMixers(plan), CarryHistory(), *LOWER_PASSES])
-    return LinearizedModel(program, program, plan, Report(), {}).eval()
+    return Plan(recipe="none", entries=tuple(entries))
 
 
-def _first_tokens(teacher: Program, rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+def with_cache(teacher: Program, lower: bool = True) -> Program:
+    """The teacher itself, run with a key-value cache: the `keep` mixer at every site."""
+    passes = [InsertMixers(keep_all(teacher)), CarryHistory(), *(LOWER_PASSES if lower else ())]
+    return run_pipeline(teacher, passes)
+
+
+def first_tokens(teacher: Program, rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
     bos: Any = (teacher.source_config or {}).get("bos_token_id")
     if isinstance(bos, int) and 0 <= bos < vocabulary:
-        return torch.full((rows, 1), bos, dtype=torch.int64, device=teacher.device)
-    return torch.randint(0, vocabulary, (rows, 1), generator=generator, device=teacher.device)
+        return torch.full((rows, 1), bos, dtype=torch.int64, device=teacher.place)
+    return torch.randint(0, vocabulary, (rows, 1), generator=generator, device=teacher.place)
 
 
 def _continue(

@@ -80,7 +80,6 @@ def compile_model(
     """
     from linearize.calibration.limits import parse_bytes
     from linearize.calibration.parallel import joined, launched_rank, rank
-    from linearize.errors import RecipeError
     from linearize.files import check_new_directory
 
     quiet = quiet or launched_rank() > 0
@@ -98,8 +97,6 @@ def compile_model(
     chosen = read_plan(plan).plan if plan is not None else None
     fit = (chosen.fit if chosen is not None else None) or policy.fit
     directory = streamed_directory(model, streaming, most)
-    if directory is not None and distill:
-        raise RecipeError("--distill trains the whole model, which streaming never has in memory; leave one out")
     source = load_source(model) if directory is None else None
     config = config_of(source if source is not None else str(directory))
     whole = policy.distill.tokens if distill is None else distill
@@ -114,8 +111,8 @@ def compile_model(
             from linearize.on_disk import compile_directory
 
             compiled = compile_directory(
-                str(directory), output, policy, calibration=calibration, plan=chosen, tokens=tokens, seed=seed,
-                progress=not quiet, memory=most, work=folder, say=(lambda text: None) if quiet else say,
+                str(directory), output, policy, calibration=calibration, plan=chosen, tokens=tokens, distill=distill,
+                seed=seed, progress=not quiet, memory=most, work=folder, say=(lambda text: None) if quiet else say,
             )  # fmt: skip
         else:
             compiled = linearize.compile(
@@ -161,7 +158,7 @@ def streamed_directory(model: str, streaming: bool | None, memory: int | None) -
 def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
     """The folder for finished layers: removed when all went well, named to the user when it did not."""
     from linearize.calibration.checkpoints import forget
-    from linearize.calibration.parallel import rank
+    from linearize.calibration.parallel import launched_rank, rank
 
     folder = output.absolute().with_name(f"{output.absolute().name}.fitting")
     if folder.is_dir() and not quiet:
@@ -169,7 +166,7 @@ def kept_beside(output: Path, quiet: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if folder.is_dir():
+        if folder.is_dir() and not launched_rank():
             say(f"finished layers are kept in {folder}; the same command goes on from them")
         raise
     if not rank():

@@ -53,7 +53,7 @@ def _planned(model: LinearizedModel, mixer_tensor: MixerTensor) -> tuple[dict[st
     shared: dict[str, str] = {}
     for name, tensor in named_tensors(model.source.module):
         stored = weights.stored.get(name)
-        key: object = (stored.path, stored.start) if stored is not None else name
+        key: object = (stored.path, stored.start) if stored is not None and name not in weights.changes else name
         if key in first and bytes_of(tensor.dtype, tensor.shape):
             shared[name] = first[key]
             continue

@@ -26,13 +26,13 @@ ADAPTERS = "linearize_adapters"
 class Adapter(nn.Module):
     """A and B of one weight, float32 at least."""
 
-    def __init__(self, weight: nn.Parameter, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: nn.Parameter, rank: int, generator: torch.Generator, place: torch.device) -> None:
         super().__init__()
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         rows, columns = weight.shape
         start = torch.randn(rank, columns, generator=generator, dtype=dtype) * columns**-0.5
-        self.a = nn.Parameter(start.to(weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=weight.device))
+        self.a = nn.Parameter(start.to(place))
+        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=place))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AddAdapters:
             if not own or module.get_parameter(name).dim() != 2:
                 raise RewriteError(f"{name} is no matrix that the graph reads, so it cannot have an adapter")
             weight = module.get_parameter(name)
-            adapters.append(Adapter(weight, self.rank, generator))
+            adapters.append(Adapter(weight, self.rank, generator, program.place))
             for node in own:
                 self._add(editor, node, index, weight.dtype)
         return program.replace(module=editor.finish())

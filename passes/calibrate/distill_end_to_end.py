@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from linearize.calibration.checkpoints import Checkpoints
 from linearize.calibration.data import checked_batches, held_out_split, split_rows
 from linearize.calibration.end_to_end import EndToEnd, Group
+from linearize.calibration.end_to_end_chain import Chain
 from linearize.calibration.end_to_end_pair import Pair, mixers_in
 from linearize.calibration.end_to_end_state import TrainingState
 from linearize.calibration.keys import hash_of, model_key, tokens_key
+from linearize.calibration.parallel import world
 from linearize.calibration.samples import sample_teacher
 from linearize.calibration.threads import threads_for
 from linearize.distill import Distill
@@ -59,18 +61,21 @@ class DistillEndToEnd:
         Pair.of(self.teacher, program)  # refuses before anything is drawn
         bars = Progress(self.progress)
         draw, data = self._data(program, bars)
-        key = hash_of(model_key(program), self.how.model_dump_json(), data, f"seed {self.seed}")
+        key = hash_of(model_key(program), self.how.model_dump_json(exclude={"shard"}), data, f"seed {self.seed}")
         kept = Checkpoints(self.folder, key)
         train, held = held_out_split(split_rows(kept.samples(draw), self.how.batch))
         names = projections_of(program)
         prepared = self._prepared(program, names)
         with threads_for(self.teacher):
-            run = EndToEnd(
-                Pair.of(self.teacher, prepared), self._groups(prepared, names), self.how, self.seed, TrainingState(kept)
-            )
+            pair = (Chain if self._in_pieces else Pair).of(self.teacher, prepared)
+            run = EndToEnd(pair, self._groups(prepared, names), self.how, self.seed, TrainingState(kept))
             self.report.end_to_end = run.run(as_rows(train), held, bars)
         self._note()
         return prepared if self.how.full else run_pipeline(prepared, [MergeAdapters()])
+
+    @property
+    def _in_pieces(self) -> bool:
+        return self.teacher.weights is not None or (world() > 1 and self.how.shard)
 
     def _data(self, program: Program, bars: Progress) -> tuple[Callable[[], list[Tensor]], str]:
         """(what gives the batches, their key)."""

@@ -18,6 +18,7 @@ from linearize.calibration.fit import fit_mixer
 from linearize.calibration.keys import hash_of, model_key, tokens_key
 from linearize.calibration.parallel import from_first, rank, share, told_by_first, wait, world
 from linearize.calibration.samples import sample_teacher
+from linearize.calibration.samples_from_disk import PIECE
 from linearize.calibration.spill import Spill
 from linearize.calibration.teacher import TeacherStream
 from linearize.calibration.threads import threads_for
@@ -78,7 +79,7 @@ class CalibrateOutputs:
 
     def _given(self, budget: int, longest: int | None) -> list[Tensor] | None:
         self.report.data = (
-            "the teacher's own samples"
+            _own_samples(self.teacher)
             if self.calibration is None
             else getattr(self.calibration, "description", "given token ids")
         )
@@ -134,6 +135,10 @@ class CalibrateOutputs:
         if self.teacher.weights is None:
             return mixer
         return build_mixer(mixer.name, site.attention, mixer.options).to(self.teacher.place)
+
+
+def _own_samples(teacher: Program) -> str:
+    return "the teacher's own samples" + (f", in pieces of {PIECE} tokens" if teacher.weights is not None else "")
 
 
 def _mixers(program: Program) -> dict[int, Mixer]:

@@ -27,7 +27,6 @@ from linearize.program import Program
 from linearize.recipe import Recipe
 from linearize.runtime.model import LinearizedModel
 from tests import zoo
-from tests.calibration.test_parallel import in_two_processes
 
 HOW = {"lengths": (12, 24), "batch": 4, "rank": 2, "learning_rate": 0.01}
 
@@ -190,19 +189,6 @@ def test_whole_projections_are_trained_from_fifty_million_tokens_on() -> None:
     assert Distill(tokens=FULL_FROM).full
     assert not Distill(tokens=FULL_FROM, trainable="adapters").full
     assert Distill(tokens=1, trainable="full").full
-
-
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    def found() -> tuple[dict[str, Tensor], float]:
-        model = distilled(tokens=48 * 6, hidden_share=0.0)
-        assert model.report.end_to_end is not None
-        return weights(model), model.report.end_to_end.kl_end
-
-    expected, divergence = found()
-    for actual, of_two in in_two_processes(found, tmp_path):
-        assert of_two == pytest.approx(divergence, rel=1e-4)
-        for name, tensor in actual.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 # ---- teacher and student side by side --------------------------------------------------------------------------------

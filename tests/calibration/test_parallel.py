@@ -121,7 +121,7 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
         module = torch.nn.Linear(3, 1, bias=False)
         torch.nn.init.ones_(module.weight)
         (module(torch.ones(3)) * (1 + parallel.rank())).sum().backward()
-        parallel.average_gradients(module)
+        parallel.average_gradients(module.parameters())
         assert module.weight.grad is not None
         return module.weight.grad
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from linearize.calibration.sources import documents, parse_source, read_mixture
 from linearize.errors import DataError
+from tests.calibration.local_hub import hub
 from tests.calibration.test_generated import Letters
 
 datasets = pytest.importorskip("datasets")
@@ -78,6 +82,32 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(documents(source)) == ["one", "two"]
     assert asked == [(("someone/texts", "small"), {"split": "validation", "streaming": True})]
     assert str(source) == "someone/texts/small"
+
+
+def read_from(address: str, home: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """The documents of datasets, read by the library's own client in a process of its own, a line of JSON each."""
+    code = (
+        "import json, sys; from linearize.calibration.sources import documents, parse_source\n"
+        "for name in sys.argv[1:]: print(json.dumps(list(documents(parse_source(name)))))"
+    )
+    beside = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *names], env={**os.environ, **beside}, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_dataset_is_read_from_a_hub(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"text": f"train {i}", "body": "x"}).encode() + b"\n" for i in range(3))
+    files = {"README.md": b"", "data/train.jsonl": lines, "data/validation.jsonl": b'{"text": "held", "body": "y"}\n'}
+    asked: list[str] = []
+    with hub("someone/texts", files, asked) as address:
+        done = read_from(address, tmp_path, "hf:someone/texts", "hf:someone/texts@validation:body")
+        missing = read_from(address, tmp_path, "hf:someone/nothing")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [["train 0", "train 1", "train 2"], ["y"]]
+    assert any(path.endswith("data/validation.jsonl") for path in asked)
+    assert "DataError: cannot read the dataset someone/nothing from the hub: " in missing.stderr
 
 
 def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
