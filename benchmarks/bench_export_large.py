@@ -4,7 +4,7 @@
     python benchmarks/bench_export_large.py --layers 2 # a small one
 
 Each step is a process of its own: the source is written tensor by tensor, compiled from disk block by block, exported
-as `linearize export DIR` does, with the whole comparison with PyTorch, and loaded and run as a user would. Memory is the
+as `linearize export DIR` does, the whole comparison with PyTorch included, and run as a user would. Memory is the
 most that the system says the process held (VmHWM). The export runs under RLIMIT_DATA (`ulimit -d`) at the bound.
 """
 

@@ -62,7 +62,8 @@ def export(
         compiled: what `linearize.compile` or `linearize.load` returned, on the CPU in float32.
         directory: must not exist, or be empty. It appears complete or not at all.
         format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files. "torchscript": traces of
-            one token and of a piece, deprecated upstream. "pt2": a torch.export archive.
+            one token and of a piece, deprecated upstream. "pt2": a torch.export archive. "pte": a program for
+            ExecuTorch, with XNNPACK; needs the extra `executorch`.
         portable: standard ONNX operators only; without it, onnxruntime's own where it has one.
         quantize: "int8", "int4" (fast natively) or "web" (small, for wasm): weights in fewer bits, the loss measured.
         aoti: with "pt2", also a package compiled for this machine's CPU.
@@ -193,6 +194,14 @@ def _write_pt2(compiled: LinearizedModel, folder: Path, options: Options) -> Fin
     return _nothing_left
 
 
+def _write_pte(compiled: LinearizedModel, folder: Path, options: Options) -> Finish:
+    from linearize.export.pte import write_pte
+
+    write_pte(compiled, folder)
+    _copy_files(compiled, folder)
+    return _nothing_left
+
+
 def _nothing_left() -> None:
     """The writer has checked what it wrote itself."""
 
@@ -205,6 +214,7 @@ def _copy_files(compiled: LinearizedModel, folder: Path) -> None:
 WRITERS: dict[str, tuple[Writer, set[str]]] = {
     "onnx": (_write_onnx, {"portable", "genai", "quantize"}),
     "pt2": (_write_pt2, {"aoti"}),
+    "pte": (_write_pte, set()),
     "torchscript": (_write_torchscript, set()),
 }
 

@@ -90,6 +90,7 @@ CONFINED = {
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
     "fla": ["linearize.kernels.fla"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
+    "executorch": ["linearize.export.pte"],
     "onnx": ["linearize.export", "linearize.export.*"],
     "onnx_ir": ["linearize.export", "linearize.export.*"],
     "onnxruntime": ["linearize.export", "linearize.export.*"],

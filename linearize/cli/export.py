@@ -20,7 +20,7 @@ def export_model(
             "--output", "-o", metavar="DIR", help="Directory to write; it must not exist yet.", show_default=False
         ),
     ],
-    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx, torchscript or pt2.")] = "onnx",
+    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx, torchscript, pt2 or pte.")] = "onnx",
     portable: Annotated[
         bool, typer.Option("--portable", help="Standard ONNX operators only, none of onnxruntime's own.")
     ] = False,
