@@ -79,11 +79,12 @@ class Recorded:
 
     def __iter__(self) -> Iterator[Call]:
         """One after another, each read when its turn has come."""
-        for index, (what, *rest) in enumerate(self.calls):
+        for index, (what, tokens, goes_on, chooses) in enumerate(self.calls):
             with np.load(self._path(index)) as file:
                 arrays = dict(file)
             state, new = (_with_prefix(arrays, prefix) for prefix in ("state ", "new "))
-            yield Call(what, arrays["ids"], arrays["mask"], arrays["logits"], state, new, *rest)
+            fed = arrays["ids"], arrays["mask"], arrays["logits"]
+            yield Call(what, *fed, state, new, tokens, goes_on, chooses)
 
     def _path(self, index: int) -> Path:
         return self.place / f"{index}.npz"
