@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 ROWS, TOKENS = 4, 256
 
 
-def measure_loss(compiled: LinearizedModel, before: Path, after: Path, kind: str, count: int) -> Quantization:
-    """Of the quantised directory `after` against the float32 one `before`."""
-    ids = own_tokens(compiled)
+def measure_loss(ids: np.ndarray, before: Path, after: Path, kind: str, count: int) -> Quantization:
+    """Of the quantised directory `after` against the float32 one `before`, on tokens int64 [B,T] (`own_tokens`)."""
     expected, found = (log_probabilities(OnnxModel(folder), ids) for folder in (before, after))
     sizes = [sum((folder / name).stat().st_size for name in (GRAPH_FILE, WEIGHTS_FILE)) for folder in (before, after)]
     return Quantization(

@@ -241,7 +241,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: not JSON ({error})") from error
     kind, version = (data.get("kind"), data.get("format")) if isinstance(data, dict) else (None, None)
-    if kind in ("linearized-torchscript", "linearized-pt2"):
+    if kind in ("linearized-torchscript", "linearized-pt2", "linearized-pte"):
         raise ArtifactError(
             f"{path} describes a {kind.removeprefix('linearized-')} export; this reads ONNX exports only"
         )

@@ -68,14 +68,15 @@ def own_weights(compiled: LinearizedModel) -> list[torch.Tensor]:
     return [p for name, p in compiled.source.module.named_parameters() if name.startswith(MIXERS)]
 
 
-def write_quantized(compiled: LinearizedModel, before: Path, folder: Path, kind: str) -> int:
-    """Quantise what `write_onnx` wrote into `before`, and write it into `folder`; how many weights were."""
+def write_quantized(kept: list[torch.Tensor], before: Path, folder: Path, kind: str) -> int:
+    """Quantise what `write_onnx` wrote into `before`, and write it into `folder`; how many weights were. `kept` stay
+    float32 (`own_weights`)."""
     import onnx_ir as ir
 
     from linearize.export.quantize import quantize
 
     model = ir.load(before / GRAPH_FILE)
-    count = quantize(model, kind, own_weights(compiled))
+    count = quantize(model, kind, kept)
     save(model, folder)
     return count
 

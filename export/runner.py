@@ -50,18 +50,20 @@ class OnnxModel:
     Args:
         directory: what `linearize.export` wrote.
         threads: of onnxruntime; None leaves it to it.
+        arena: keep what a call frees for the next one. Without it calls are slower, and take less memory.
 
     Raises:
         ArtifactError: the directory is not such a one, a file is missing, or onnxruntime cannot load the graph.
     """
 
-    def __init__(self, directory: str | Path, threads: int | None = None) -> None:
+    def __init__(self, directory: str | Path, threads: int | None = None, arena: bool = True) -> None:
         import onnxruntime
 
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
         path = self.directory / self.manifest["graph"]

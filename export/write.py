@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,22 @@ from linearize.errors import ArtifactError, ExportError
 from linearize.export.names import CONTRIB, GRAPH_FILE, MANIFEST_FILE, NATIVE, PORTABLE, WEIGHTS_FILE
 from linearize.export.weights import sha256
 from linearize.files import check_new_directory, new_directory
+from linearize.weights import give_memory_back
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from linearize.export.interface import Interface
+    from linearize.export.manifest import Manifest
+    from linearize.export.parity import Recorded
     from linearize.runtime.model import LinearizedModel
 
 MARGIN = 16 << 20  # the graph, tokenizer files and manifest
 QUANTIZE = ("int8", "int4", "web")
-Writer = Callable[["LinearizedModel", Path, "Options"], None]
+EXPECTED = ".expected"  # while a directory is being written: what PyTorch computes
+Finish = Callable[[], None]
+Writer = Callable[["LinearizedModel", Path, "Options"], Finish]  # what it returns needs the model no more
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ def export(
         compiled: what `linearize.compile` or `linearize.load` returned, on the CPU in float32.
         directory: must not exist, or be empty. It appears complete or not at all.
         format: "onnx": `model.onnx`, `model.safetensors`, `linearize.json`, tokenizer files. "torchscript": traces of
-            one token and of a piece, deprecated upstream. "pt2": a torch.export archive.
+            one token and of a piece, deprecated upstream. "pt2": a torch.export archive. "pte": a program for
+            ExecuTorch, with XNNPACK; needs the extra `executorch`.
         portable: standard ONNX operators only; without it, onnxruntime's own where it has one.
         quantize: "int8", "int4" (fast natively) or "web" (small, for wasm): weights in fewer bits, the loss measured.
         aoti: with "pt2", also a package compiled for this machine's CPU.
@@ -66,22 +77,30 @@ def export(
             the format cannot express, or a file that disagrees with PyTorch.
         ArtifactError: the directory exists or cannot be written.
     """
-    options = Options(portable, genai, quantize, aoti)
+    return export_loaded(lambda: compiled, directory, format, Options(portable, genai, quantize, aoti))
+
+
+def export_loaded(load: Callable[[], LinearizedModel], directory: str | Path, format: str, options: Options) -> Path:
+    """`export` of what `load` returns, which is let go of as soon as only the file is needed: where nobody else holds
+    the model, its memory is free before a runtime loads the file."""
     writer = _writer(format, options)
-    check_exportable(compiled)
     check_new_directory(directory)
+    compiled = load()
+    check_exportable(compiled)
     check_room(compiled, Path(directory), options)
     with new_directory(directory) as folder:
-        writer(compiled, folder, options)
+        finish = writer(compiled, folder, options)
+        del compiled
+        gc.collect()
+        give_memory_back()
+        finish()
     return Path(directory)
 
 
-def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> None:
-    from linearize.export import genai
-    from linearize.export.manifest import describe, weights_entry, write_manifest
-    from linearize.export.onnx import write_onnx
-    from linearize.export.parity import check_parity
-    from linearize.export.probe import take_probe
+def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> Finish:
+    from linearize.export import genai, loss, parity
+    from linearize.export.manifest import describe, write_manifest
+    from linearize.export.onnx import own_weights, write_onnx
 
     interface = _interface(compiled, options.genai, not options.portable)
     write_onnx(compiled, folder, interface, options.portable)
@@ -90,11 +109,29 @@ def _write_onnx(compiled: LinearizedModel, folder: Path, options: Options) -> No
         genai.write_config(compiled, interface, folder)
     manifest = describe(compiled, folder, interface, PORTABLE if options.portable else NATIVE)
     write_manifest(manifest, folder)  # unverified; the check reads it as a user would
-    changes: dict[str, Any] = {"verified": check_parity(compiled, folder, interface)}
-    if options.quantize is not None:
-        changes |= _quantize(compiled, folder, options.quantize)
+    (folder / EXPECTED).mkdir()
+    recorded = parity.record(compiled, interface, folder / EXPECTED)
+    if options.quantize is None:
+        return partial(_finish_onnx, folder, manifest, recorded)
+    kept = [tensor.detach().clone() for tensor in own_weights(compiled)]
+    quantized = partial(_quantize, loss.own_tokens(compiled), kept, folder, options.quantize)
+    return partial(_finish_onnx, folder, manifest, recorded, quantized)
+
+
+def _finish_onnx(
+    folder: Path, manifest: Manifest, recorded: Recorded, quantized: Callable[[], dict[str, Any]] | None = None
+) -> None:
+    """Compare the file with what PyTorch said, quantise it where that is wanted, and complete the manifest."""
+    from linearize.export.manifest import weights_entry, write_manifest
+    from linearize.export.parity import check_recorded
+    from linearize.export.probe import take_probe
+
+    changes: dict[str, Any] = {"verified": check_recorded(recorded, folder)}
+    shutil.rmtree(recorded.place)
+    if quantized is not None:
+        changes |= quantized()
         changes |= {"weights": weights_entry(folder), "graph_sha256": sha256(folder / GRAPH_FILE)}
-        if options.quantize != "web":
+        if changes["quantization"].kind != "web":
             changes |= {"flavour": NATIVE, "domains": manifest.domains | {CONTRIB: 1}}
     write_manifest(manifest.model_copy(update=changes | {"probe": take_probe(folder)}), folder)
 
@@ -106,8 +143,8 @@ def _interface(compiled: LinearizedModel, packed: bool, native: bool) -> Interfa
     return Packed(compiled) if packed else Compact(compiled, join=native)
 
 
-def _quantize(compiled: LinearizedModel, folder: Path, kind: str) -> dict[str, Any]:
-    """Quantise the directory in place; the manifest's entry."""
+def _quantize(ids: np.ndarray, kept: list[Tensor], folder: Path, kind: str) -> dict[str, Any]:
+    """Quantise the directory in place, but for the weights `kept`; the manifest's entry, measured on `ids`."""
     from linearize.export.loss import measure_loss
     from linearize.export.onnx import write_quantized
 
@@ -116,8 +153,8 @@ def _quantize(compiled: LinearizedModel, folder: Path, kind: str) -> dict[str, A
         shutil.copy2(folder / MANIFEST_FILE, before)
         for name in (GRAPH_FILE, WEIGHTS_FILE):
             (folder / name).rename(before / name)
-        count = write_quantized(compiled, before, folder, kind)
-        return {"quantization": measure_loss(compiled, before, folder, kind, count)}
+        count = write_quantized(kept, before, folder, kind)
+        return {"quantization": measure_loss(ids, before, folder, kind, count)}
 
 
 def compare(compiled: LinearizedModel, directory: str | Path) -> float:
@@ -141,18 +178,32 @@ def compare(compiled: LinearizedModel, directory: str | Path) -> float:
     return check_parity(compiled, Path(directory), interface).largest_logit_difference
 
 
-def _write_torchscript(compiled: LinearizedModel, folder: Path, options: Options) -> None:
+def _write_torchscript(compiled: LinearizedModel, folder: Path, options: Options) -> Finish:
     from linearize.export.torchscript import write_torchscript
 
     write_torchscript(compiled, folder)
     _copy_files(compiled, folder)
+    return _nothing_left
 
 
-def _write_pt2(compiled: LinearizedModel, folder: Path, options: Options) -> None:
+def _write_pt2(compiled: LinearizedModel, folder: Path, options: Options) -> Finish:
     from linearize.export.pt2 import write_pt2
 
     write_pt2(compiled, folder, options.aoti)
     _copy_files(compiled, folder)
+    return _nothing_left
+
+
+def _write_pte(compiled: LinearizedModel, folder: Path, options: Options) -> Finish:
+    from linearize.export.pte import write_pte
+
+    write_pte(compiled, folder)
+    _copy_files(compiled, folder)
+    return _nothing_left
+
+
+def _nothing_left() -> None:
+    """The writer has checked what it wrote itself."""
 
 
 def _copy_files(compiled: LinearizedModel, folder: Path) -> None:
@@ -163,6 +214,7 @@ def _copy_files(compiled: LinearizedModel, folder: Path) -> None:
 WRITERS: dict[str, tuple[Writer, set[str]]] = {
     "onnx": (_write_onnx, {"portable", "genai", "quantize"}),
     "pt2": (_write_pt2, {"aoti"}),
+    "pte": (_write_pte, set()),
     "torchscript": (_write_torchscript, set()),
 }
 

@@ -19,6 +19,7 @@ __all__ = [
     "compile_directory",
     "demo_model_dir",
     "export",
+    "export_directory",
     "inspect",
     "load",
     "recipes",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from linearize.api import compile, demo_model_dir, inspect, load
     from linearize.capture.torch_export import capture
     from linearize.export.write import export
+    from linearize.exporting import export_directory
     from linearize.mixers.base import Mixer, register_mixer
     from linearize.on_disk import compile_directory
     from linearize.plan import Plan
@@ -44,6 +46,7 @@ _HOMES = {
     "compile": "linearize.api",
     "compile_directory": "linearize.on_disk",
     "demo_model_dir": "linearize.api",
+    "export_directory": "linearize.exporting",
     "inspect": "linearize.api",
     "load": "linearize.api",
     "recipes": "linearize.recipe",

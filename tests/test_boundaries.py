@@ -69,7 +69,8 @@ ALLOWED = {
     "planner": SERVICES | {"planner"},
     "api": SERVICES | {"api", "passes.calibrate"},
     "on_disk": SERVICES | {"api", "passes.calibrate"},
-    "cli": SERVICES | {"api", "on_disk", "cli", "root", "passes.calibrate", "serving", "page", "planner"},
+    "exporting": SERVICES | {"api"},
+    "cli": SERVICES | {"api", "on_disk", "exporting", "cli", "root", "passes.calibrate", "serving", "page", "planner"},
     "root": VOCABULARY,
 }
 
@@ -77,7 +78,7 @@ ALLOWED = {
 LAZY = {
     "_autoload": {"huggingface"},
     "runtime": {"huggingface"},
-    "root": SERVICES | {"api", "cli", "on_disk"},
+    "root": SERVICES | {"api", "cli", "on_disk", "exporting"},
 }
 
 # third-party package: the modules that may import it, wherever in the file the import stands.
@@ -89,6 +90,7 @@ CONFINED = {
     "triton": ["linearize.kernels.triton", "linearize.kernels.triton.*"],
     "fla": ["linearize.kernels.fla"],
     "transformers": ["linearize.capture.hf", "linearize.huggingface", "linearize.huggingface.*"],
+    "executorch": ["linearize.export.pte"],
     "onnx": ["linearize.export", "linearize.export.*"],
     "onnx_ir": ["linearize.export", "linearize.export.*"],
     "onnxruntime": ["linearize.export", "linearize.export.*"],

@@ -20,7 +20,7 @@ def export_model(
             "--output", "-o", metavar="DIR", help="Directory to write; it must not exist yet.", show_default=False
         ),
     ],
-    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx, torchscript or pt2.")] = "onnx",
+    form: Annotated[str, typer.Option("--format", "-f", help="File format: onnx, torchscript, pt2 or pte.")] = "onnx",
     portable: Annotated[
         bool, typer.Option("--portable", help="Standard ONNX operators only, none of onnxruntime's own.")
     ] = False,
@@ -36,6 +36,15 @@ def export_model(
         ),
     ] = None,
     aoti: Annotated[bool, typer.Option("--aoti", help="With pt2: also a package compiled for this CPU.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="BYTES",
+            help="What this may take, as 8GiB: refused before the work where it needs more. Format onnx.",
+            show_default=False,
+        ),
+    ] = None,
     mixers: Mixers = None,
 ) -> None:
     """Write a compiled model in another format, and check the file against PyTorch.
@@ -48,11 +57,14 @@ def export_model(
 
     check_new_directory(output)
     import linearize
+    from linearize.calibration.limits import parse_bytes
 
-    compiled = linearize.load(directory)
-    say(f"exporting {compiled.program.model_name} to {form} and checking it")
+    most = parse_bytes(memory) if memory is not None else None
+    say(f"exporting {directory} to {form} and checking it")
     started = time.perf_counter()
-    path = linearize.export(compiled, output, format=form, portable=portable, genai=genai, quantize=quantize, aoti=aoti)
+    path = linearize.export_directory(
+        directory, output, form, portable=portable, genai=genai, quantize=quantize, aoti=aoti, memory=most, say=say
+    )
     console = out()
     for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
         console.print(f"{file.stat().st_size:>12,}  {file}", soft_wrap=True)

@@ -182,7 +182,7 @@ def _site_from_json(data: dict[str, Any]) -> Site | NoMatch:
 def read(directory: str | Path) -> tuple[Program, Plan, Report, dict[str, bytes]]:
     """(rewritten program, plan, report, tokenizer files) of a saved model; see `linearize.load` for the errors."""
     folder = Path(directory)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     rows = _read_json(folder / GRAPH)
     if not isinstance(rows, list):
         raise ArtifactError(f"{folder / GRAPH} is no list of nodes")
@@ -218,7 +218,7 @@ def _leaf_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {row["target"]: row[LEAF] for row in rows if LEAF in row}
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a directory")
     if not (folder / MANIFEST).is_file():

@@ -39,3 +39,10 @@ def test_an_unknown_format_is_one_error(run: Run, compiled_dir: Path, tmp_path: 
     result = run("export", compiled_dir, "--format", "floppy", "-o", tmp_path / "out")
     assert_one_error(result, "floppy", "onnx")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_that_is_too_small_is_one_error(run: Run, compiled_dir: Path, tmp_path: Path) -> None:
+    assert_one_error(
+        run("export", compiled_dir, "--memory", "8MiB", "-o", tmp_path / "out"), "needs about", "there are 8.0 MiB"
+    )
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from torch import nn
 import linearize
 from linearize.errors import ArtifactError, DataError, ExportError
 from linearize.export import onnx_graph, parity
+from linearize.export.interface import Compact
 from linearize.export.manifest import read_manifest
 from linearize.export.runner import OnnxModel
 from tests.export.models import Plain
@@ -36,7 +37,7 @@ class Airy(Plain):
 
 
 def test_an_unknown_format_lists_the_known_ones(compiled, tmp_path):
-    with pytest.raises(ExportError, match="no export format 'tflite'; there are onnx, pt2, torchscript"):
+    with pytest.raises(ExportError, match="no export format 'tflite'; there are onnx, pt2, pte, torchscript"):
         linearize.export(compiled, tmp_path / "out", format="tflite")
 
 
@@ -132,6 +133,46 @@ def test_a_file_that_disagrees_is_not_left_behind(compiled, tmp_path, monkeypatc
     ):
         linearize.export(compiled, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recorded(compiled, directory, tmp_path):
+    """PyTorch's side of the check of `directory`, a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LENGTHS", (1, 3)), ("BATCHES", (2,)), ("WARM", 9), ("PROMPT", 5), ("STEPS", 4)):
+            patch.setattr(parity, name, value)
+        return parity.record(compiled, Compact(compiled, join=True), tmp_path)
+
+
+def edit(recorded, call, change):
+    """`change` the arrays of a recorded call, which are then read instead."""
+    path = recorded.place / f"{call}.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(path, **arrays)
+
+
+def test_what_was_recorded_is_compared_with_the_file(recorded, directory):
+    found = parity.check_recorded(recorded, directory)
+    assert found.shapes == [[2, 1], [2, 3]]
+    assert (found.prefill_tokens, found.greedy_tokens_compared, found.greedy_tokens_equal) == (5, 4, 4)
+    assert found.largest_logit_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("call", "array", "reason"),
+    [
+        (0, "state past.layers_0_ring_v", r"logits, batch 2, 1 tokens from a random state"),
+        (1, "new past.layers_0_ring_k", r"state past\.layers_0_ring_k, batch 2, 3 tokens from a random state"),
+        (-2, "logits", r"logits, batch 1, prompt of 5, after 3 greedy steps"),
+        (-1, "new past.layers_0_ring_v", r"state past\.layers_0_ring_v, batch 1, prompt of 5, after 4 greedy steps"),
+    ],
+)
+def test_any_array_that_differs_is_named(recorded, directory, call, array, reason):
+    edit(recorded, call % len(recorded.calls), lambda arrays: arrays.update({array: arrays[array] + 0.1}))
+    with pytest.raises(ExportError, match=reason):
+        parity.check_recorded(recorded, directory)
 
 
 def test_the_check_shrinks_to_the_learned_positions(directory):

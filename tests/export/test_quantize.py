@@ -14,7 +14,7 @@ import linearize
 from linearize.errors import ArtifactError, ExportError
 from linearize.export import loss, parity
 from linearize.export.manifest import read_manifest
-from linearize.export.onnx import write_quantized
+from linearize.export.onnx import own_weights, write_quantized
 from linearize.export.probe import check_directory
 from linearize.export.runner import OnnxModel
 from linearize.export.write import compare
@@ -51,9 +51,9 @@ def quantized(request, compiled, directory, tmp_path_factory):
 
 
 def _quantized(compiled, directory, folder, kind):
-    count = write_quantized(compiled, directory, folder, kind)
+    count = write_quantized(own_weights(compiled), directory, folder, kind)
     shutil.copy(directory / "linearize.json", folder)
-    return kind, folder, loss.measure_loss(compiled, directory, folder, kind, count)
+    return kind, folder, loss.measure_loss(loss.own_tokens(compiled), directory, folder, kind, count)
 
 
 def test_the_loss_is_small_and_so_is_the_file(quantized):
