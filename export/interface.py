@@ -78,7 +78,8 @@ class Plain:
 class Compact:
     """States as the operators of the exported graph read them.
 
-    Rings and sinks stand heads first, [G,n,d] instead of [n,G,d], so that none is transposed at every step. Which
+    Rings and sinks stand heads first, [G,n,d] instead of [n,G,d], so that none is transposed at every step, and the m
+    sinks of a ring before it in one tensor, `.._near_k` [G,m+n,d], which is what Attention reads. Which
     tokens a ring holds is the same in all layers of one window with as many sinks, so they share one `ring_mask`. With
     `join`, a normaliser z [G,F] is the last column of its sum s [G,F,dv], as LinearAttention updates both at once.
     """
@@ -91,19 +92,25 @@ class Compact:
         self.source = {name: first.setdefault(_kind_of_mask(name, specs), name) if name.endswith(MASKS) else name
                        for name in specs}  # fmt: skip
         self.joined = {name + "_s": name + "_z" for name in stems(specs)} if join else {}
-        hidden = {name for name, source in self.source.items() if source != name} | set(self.joined.values())
-        self.stored = [name for name in specs if name not in hidden]
         self.turned = {name for name in specs if name.endswith(TURNED) and len(specs[name].shape) == 3}
-        self.ports = tuple(Port(PAST + name, PRESENT + name, self._spec(specs[name])) for name in self.stored)
+        self.near = {ring: sink for ring, sink in rings_with_sinks(specs) if {ring, sink} <= self.turned}
+        self.windows = {ring: specs[ring].shape[0] for ring in self.near}
+        hidden = {name for name, source in self.source.items() if source != name}
+        hidden |= {*self.joined.values(), *self.near.values()}
+        self.stored = [name for name in specs if name not in hidden]
+        self.ports = tuple(self._port(specs[name], specs) for name in self.stored)
         self.module: nn.Module = _Compact(compiled.graph_module, self, len(self.token_inputs()))
 
-    def _spec(self, spec: StateTensor) -> StateTensor:
-        if spec.name in self.joined:
-            return replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] + 1))
-        if spec.name not in self.turned:
-            return spec
-        count, heads, dim = spec.shape
-        return replace(spec, shape=(heads, count, dim))
+    def _port(self, spec: StateTensor, specs: Mapping[str, StateTensor]) -> Port:
+        name, shape = spec.name, spec.shape
+        if name in self.joined:
+            shape = (*shape[:-1], shape[-1] + 1)
+        elif name in self.near:
+            count, heads, dim = shape
+            name, shape = name.replace("_ring_", "_near_"), (heads, specs[self.near[name]].shape[0] + count, dim)
+        elif name in self.turned:
+            shape = (shape[1], shape[0], shape[2])
+        return Port(PAST + name, PRESENT + name, replace(spec, shape=shape))
 
     def pack(self, states: Mapping[str, Tensor]) -> list[Tensor]:
         for name, source in self.source.items():
@@ -115,6 +122,8 @@ class Compact:
         return [self._stored(name, states) for name in self.stored]
 
     def _stored(self, name: str, states: Mapping[str, Tensor]) -> Tensor:
+        if name in self.near:
+            return torch.cat([states[part].transpose(1, 2) for part in (self.near[name], name)], dim=2)
         if name in self.turned:
             return states[name].transpose(1, 2).contiguous()
         if name in self.joined:
@@ -124,6 +133,9 @@ class Compact:
     def restore(self, stored: Sequence[Tensor]) -> list[Tensor]:
         """The model's states in its order."""
         held = dict(zip(self.stored, stored, strict=True))
+        for ring, sink in self.near.items():
+            first = held[ring].shape[2] - self.windows[ring]
+            held[sink], held[ring] = held[ring][:, :, :first], held[ring][:, :, first:]
         found = {name: held[source].transpose(1, 2) if name in self.turned else held[source]
                  for name, source in self.source.items() if source in held}  # fmt: skip
         for name, norm in self.joined.items():
@@ -139,6 +151,12 @@ def stems(specs: Mapping[str, StateTensor]) -> list[str]:
     found = [name.removesuffix("_z") for name in specs if name.endswith("_z")]
     pairs = [(stem, specs.get(stem + "_s"), specs[stem + "_z"]) for stem in found]
     return [stem for stem, sums, norm in pairs if sums is not None and sums.shape[:-1] == norm.shape]
+
+
+def rings_with_sinks(specs: Mapping[str, StateTensor]) -> list[tuple[str, str]]:
+    """Names of rings, and of the sinks of each."""
+    found = [(name, name.replace("_ring_", "_sink_")) for name in specs if name.endswith(TURNED[:2])]
+    return [(ring, sink) for ring, sink in found if sink in specs]
 
 
 def _kind_of_mask(name: str, specs: Mapping[str, StateTensor]) -> tuple[int, ...]:

@@ -47,12 +47,15 @@ def delta_native(
     return linear_attention(q, k, v, s0, g, beta, "delta" if g is None else "gated_delta", scale)
 
 
-def far_native(fq: Tensor, fk: Tensor, v: Tensor, s0: Tensor, z0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def far_native(
+    fq: Tensor, fk: Tensor, v: Tensor, s0: Tensor, z0: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums and states of a far field at once: the values have one more column, of ones."""
     ones = fq.new_ones(fq.shape[0], fq.shape[1], v.shape[2], 1)
     held = torch.cat([s0, z0.unsqueeze(-1)], dim=-1)
     o, s = linear_attention(fq, fk, torch.cat([v, ones], dim=-1), held, None, None, "linear", 1.0)
-    return o[..., :-1], o[..., -1:], s[..., :-1], s[..., -1:].squeeze(-1)
+    above, below = (u * o).split([v.shape[3], 1], dim=-1)
+    return above, below, s[..., :-1], s[..., -1:].squeeze(-1)
 
 
 def short_conv_native(x: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

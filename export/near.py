@@ -6,7 +6,8 @@ that window, says what each query sees:
     past [ sinks (m) | ring (w) ]  new (T)      query i sees sinks that were filled before this call, the w keys of its
                                                 window, and new tokens of rank < m, which are sinks already
 
-What it gives besides o: the keys and values joined, of which the last w are the new ring; and the weights p. With one
+What it gives besides o: the keys and values joined, of which the last w are the new ring; and the weights p. Sinks and
+ring lie in one tensor between calls (`interface.py`), so that nothing is joined or cut at a step. With one
 denominator for window and far field (LoLCATs), e^{s - m} sums to 1 / max p, as its largest entry is 1, so
 
     o = (o_near + u sum fq.fk v) / (1 + u sum fq.fk),    u = max p / c
@@ -23,18 +24,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.ops.hybrid import hybrid_chunk_decomposed, window_keys
+from linearize.ops.hybrid import hybrid_chunk_decomposed
 from linearize.ops.hybrid_ring import Outputs, over
 
 SCORES, PROBABILITIES = 0, 3  # qk_matmul_output_mode; in onnxruntime 1.31 modes 1 and 2 are not the standard's
 Emit = Callable[..., list[Tensor]]
-# (fq [B,T,H,F], fk [B,T,G,F], v [B,T,G,dv], s0, z0) -> sums [B,T,H,dv] and [B,T,H,1], new s [B,G,F,dv] and z [B,G,F]
-Far = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+# (fq [B,T,H,F], fk [B,T,G,F], v [B,T,G,dv], s0, z0, u [B,T,H,1]) -> u times both sums, [B,T,H,dv] and [B,T,H,1], and
+# the new s [B,G,F,dv] and z [B,G,F]
+Far = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Near(NamedTuple):
     """o [B,T,H,dv], its weights or scores p [B,H,T,m+w+T], the joined keys and values [B,G,m+w+T,d], the mask
-    [B,1,T,m+w+T] as 0 and -inf, and which queries see anything, bool [B,1,T,1]."""
+    [B,1,T,m+w+T] as 0 and -inf, and which queries see anything, bool [B,T,1,1]."""
 
     o: Tensor
     p: Tensor
@@ -61,27 +63,22 @@ def ring_by_attention(emit: Emit, far: Far) -> Callable[..., Outputs]:
             return by_parts(*tokens, *ring, *rest, window=window, scale=scale)
         near = attend(emit, tokens, ring, sinks, window, scale, PROBABILITIES if has_far else SCORES)
         length, first = q.shape[1], 0 if sink_k is None else sink_k.shape[1]
-        last = slice(first + window, None)
-        new_k, new_v = (
-            write_sinks(sink, x[:, :, last], mask, positions) if sink is not None else k[:, :0].clone()
-            for sink, x in ((sink_k, near.keys), (sink_v, near.values))
-        )
-        kept = (near.keys[:, :, -window:], near.values[:, :, -window:])
+        kept = keep(emit, near, mask, positions, window, first)
         counted = torch.cat([ring_mask, mask if sink_k is None else mask & (positions >= first)], 1)
-        new_ring = (*(x.transpose(1, 2) for x in kept), counted[:, -window:])
+        new = [x[:, :, part].transpose(1, 2) for part in (slice(first, None), slice(0, first)) for x in kept]
+        states = (*new[:2], counted[:, -window:], *new[2:])
         if query_map is None or key_map is None or s0 is None or z0 is None:
             o = near.o if sink_logits is None else near.o * share_of_keys(near.p + near.bias, sink_logits)
-            o = torch.where(near.any_seen.transpose(1, 2), o, 0.0)
-            return (o, *new_ring, new_k, new_v, q.new_zeros(q.shape[0], k.shape[2], 0, v.shape[3]),
+            o = torch.where(near.any_seen, o, 0.0)
+            return (o, *states, q.new_zeros(q.shape[0], k.shape[2], 0, v.shape[3]),
                     q.new_zeros(q.shape[0], k.shape[2], 0))  # fmt: skip
-        left = slice(first, first + length)
-        fq = hedgehog(q.transpose(1, 2), query_map)
-        fk = hedgehog(near.keys[:, :, left], key_map, counted[:, None, :length, None, None].to(q.dtype))
-        above, below, s, z = far(fq, fk, near.values[:, :, left].transpose(1, 2), s0, z0)
+        left_k, left_v = (x[:, :, first : first + length] for x in (near.keys, near.values))
+        fq, fk = hedgehog(q, left_k, query_map, key_map, counted[:, :length])
         u = near.p.amax(dim=-1, keepdim=True).transpose(1, 2)
         u = u if omega is None else u * torch.exp(-omega)[:, None]
-        o = (near.o + u * above) / (1 + u * below)
-        return (torch.where(near.any_seen.transpose(1, 2), o, 0.0), *new_ring, new_k, new_v, s, z)
+        above, below, s, z = far(fq, fk, left_v.transpose(1, 2), s0, z0, u)
+        o = (near.o + above) / (1 + below)
+        return (torch.where(near.any_seen, o, 0.0), *states, s, z)
 
     return hybrid_ring
 
@@ -95,14 +92,12 @@ def attend(
     kv_heads, value_dim = k.shape[2], v.shape[3]
     past = [x.transpose(1, 2) for x in ring[:2]]
     first, (sink_k, sink_v) = 0, sinks
-    seen = window_keys(length, window, q.device)
-    if sink_k is None or sink_v is None:
-        seen = seen & torch.cat([ring[2], mask], 1)[:, None]
-    else:
+    if sink_k is not None and sink_v is not None:
         first = sink_k.shape[1]
         past = [torch.cat([sink.transpose(1, 2), x], 2) for sink, x in zip((sink_k, sink_v), past, strict=True)]
-        seen = _seen_with_sinks(seen, mask, positions, ring[2], first)
-    bias = torch.where(seen, 0.0, float("-inf"))[:, None]
+    bias = torch.where(seen_keys(mask, positions, ring[2], window, first), 0.0, float("-inf"))
+    any_seen = (bias.amax(dim=-1, keepdim=True) == 0).unsqueeze(-1)
+    bias = bias[:, None]
     packed = [x.reshape(batch, length, x.shape[2] * x.shape[3]) for x in (q, k, v)]
     total = first + window + length
     shapes = [(batch, length, heads * value_dim), (batch, kv_heads, total, dim), (batch, kv_heads, total, value_dim),
@@ -110,21 +105,48 @@ def attend(
     attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale),
                   "qk_matmul_output_mode": mode}  # fmt: skip
     o, keys, values, p = emit("Attention", [*packed, bias, *past], attributes, shapes)
-    any_seen = seen.any(dim=-1, keepdim=True)[:, None]
     return Near(o.reshape(batch, length, heads, value_dim), p, keys, values, bias, any_seen)
 
 
-def _seen_with_sinks(near: Tensor, mask: Tensor, positions: Tensor, ring_mask: Tensor, first: int) -> Tensor:
-    """near bool [T,w+T] -> [B,T,m+w+T]."""
+def seen_keys(mask: Tensor, positions: Tensor, ring_mask: Tensor, window: int, first: int) -> Tensor:
+    """Bool [B,T,m+w+T]: keys that exist and are in a query's window, or sinks not after it."""
     length = mask.shape[1]
-    is_sink = mask & (positions < first)
-    before = positions[:, -1:] - mask.sum(dim=1, keepdim=True)  # rank of the last token before this call
-    filled = torch.arange(first, device=mask.device) <= before
-    in_window = near & torch.cat([ring_mask, mask & ~is_sink], 1)[:, None]
-    t = torch.arange(length, device=mask.device)
-    as_sink = torch.cat([torch.zeros_like(ring_mask), is_sink], 1)[:, None]
-    causal = torch.arange(ring_mask.shape[1] + length, device=mask.device) <= t[:, None] + ring_mask.shape[1]
-    return torch.cat([filled[:, None].expand(-1, length, -1), in_window | (as_sink & causal)], 2)
+    t = torch.arange(length, device=mask.device)[:, None]
+    index = torch.arange(-first, window + length, device=mask.device)  # in ring and new tokens; sinks are negative
+    inside, past = index > t, index <= t + window
+    if not first:
+        return (inside & past) & torch.cat([ring_mask, mask], 1)[:, None]
+    filled = torch.arange(first, device=mask.device) <= ranks(mask, positions)[0]
+    never = ring_mask & ring_mask.new_zeros(1)
+    exist = torch.cat([filled, ring_mask, mask], 1)
+    are_sinks = torch.cat([filled, never, mask & (positions < first)], 1)
+    return (inside | are_sinks[:, None]) & past & exist[:, None]
+
+
+def ranks(mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a row's last token before this call and in it, int64 [B,1]."""
+    last = positions[:, -1:]
+    return last - mask.sum(dim=1, keepdim=True), last
+
+
+def keep(emit: Emit, near: Near, mask: Tensor, positions: Tensor, window: int, first: int) -> list[Tensor]:
+    """Keys and values [B,G,m+w,d] for the next call: sinks that are filled by now, then the last w.
+
+    With sinks, all are taken by one GatherND each, whose indices are the same in all layers: sink s was filled before,
+    or is the token of rank s, which stands last - s places before the end as padding is only left of the tokens.
+    """
+    if not first:
+        return [x[:, :, -window:] for x in (near.keys, near.values)]
+    batch, kv_heads, total = near.keys.shape[:3]
+    before, last = ranks(mask, positions)
+    slot = torch.arange(first + window, device=mask.device)
+    is_new = (slot > before) & (slot <= last)
+    sinks = torch.where(is_new, slot + (total - 1) - last, slot)
+    index = torch.where(slot < first, sinks, slot + mask.shape[1])
+    indices = index[:, None, :, None].expand(-1, kv_heads, -1, -1)
+    shapes = [[(batch, kv_heads, first + window, x.shape[3])] for x in (near.keys, near.values)]
+    return [emit("GatherND", [x, indices], {"batch_dims": 2}, shape)[0]
+            for x, shape in zip((near.keys, near.values), shapes, strict=True)]  # fmt: skip
 
 
 def share_of_keys(scores: Tensor, sink_logits: Tensor) -> Tensor:
@@ -133,24 +155,25 @@ def share_of_keys(scores: Tensor, sink_logits: Tensor) -> Tensor:
     return torch.sigmoid(keys - torch.logsumexp(sink_logits, dim=-1)[:, None, None]).transpose(1, 2)
 
 
-def write_sinks(sink: Tensor, new: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    """sink [B,m,G,d] with the new tokens [B,G,T,d] of rank s written to slot s."""
-    order = torch.arange(sink.shape[1], device=new.device)
-    writes = ((positions[:, :, None] == order) & mask[:, :, None]).to(new.dtype).transpose(1, 2)[:, None]
-    return (sink.transpose(1, 2) + writes @ new).transpose(1, 2)
+def hedgehog(
+    q: Tensor, left: Tensor, query_map: Tensor, key_map: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[softmax(x W) ; softmax(-x W)] of queries [B,T,H,d] and of the keys that leave the window [B,G,T,d], which count
+    where mask [B,T] says: [B,T,H,2f] and [B,T,G,2f] by one product and one softmax."""
+    batch, length, heads, _ = q.shape
+    all_heads, width = heads + left.shape[1], query_map.shape[2]
+    x = torch.cat([q.transpose(1, 2), left], dim=1)
+    product = (x @ torch.cat([query_map, key_map])).transpose(1, 2)
+    both = torch.cat([product, -product], dim=-1).reshape(batch, length, all_heads, 2, width)
+    features = torch.softmax(both, dim=-1).reshape(batch, length, all_heads * 2 * width)
+    fq, fk = features.split([heads * 2 * width, left.shape[1] * 2 * width], dim=-1)
+    fk = fk * mask[:, :, None].to(q.dtype)
+    return fq.reshape(batch, length, heads, 2 * width), fk.reshape(batch, length, left.shape[1], 2 * width)
 
 
-def hedgehog(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B,heads,T,d], [heads,d,f] -> [softmax(x W) ; softmax(-x W)], [B,T,heads,2f], times mask [B,1,T,1,1]: one product
-    and one softmax."""
-    batch, heads, length, _ = x.shape
-    both = x @ torch.cat([weight, -weight], dim=-1)
-    features = torch.softmax(both.reshape(batch, heads, length, 2, weight.shape[2]), dim=-1)
-    features = features if mask is None else features * mask
-    return features.permute(0, 2, 1, 3, 4).reshape(batch, length, heads, 2 * weight.shape[2])
-
-
-def far_by_sums(fq: Tensor, fk: Tensor, v: Tensor, s0: Tensor, z0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def far_by_sums(
+    fq: Tensor, fk: Tensor, v: Tensor, s0: Tensor, z0: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In standard operators, quadratic in T."""
     batch, length, heads, width = fq.shape
     kv_heads = v.shape[2]
@@ -163,6 +186,6 @@ def far_by_sums(fq: Tensor, fk: Tensor, v: Tensor, s0: Tensor, z0: Tensor) -> tu
     above = weights @ values + reader @ s0
     below = weights.sum(dim=-1, keepdim=True) + reader @ z0[..., None]
     s, z = s0 + writer.transpose(-1, -2) @ values, z0 + writer.sum(dim=2)
-    above, below = (x.reshape(batch, heads, length, -1).transpose(1, 2) for x in (above, below))
+    above, below = (u * x.reshape(batch, heads, length, -1).transpose(1, 2) for x in (above, below))
     return above, below, s, z
 

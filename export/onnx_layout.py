@@ -4,7 +4,8 @@
     Reshape to computed sizes    to constants, 0 standing for a dim that stays and -1 for the one that is left
     Where(c, x, Expand(0, ..))   Where(c, x, 0)             Unsqueeze(Squeeze(x))  x
     Where(x > 20, x, softplus)   Softplus(x)                Div(Neg(x), c)         Div(x, -c), and Mul(x, 1)  x
-    Concat(x[.., :n], x[.., n:]) x                          Einsum(abcd,cde->abce) a MatMul by head between Transposes
+    Concat(x[:n], x[n:])         x, along any dim           Einsum(abcd,cde->abce) a MatMul by head between Transposes
+    x[:]                         x
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 HEADS_FIRST = [0, 2, 1, 3]
+EVERYTHING = 2**63 - 1  # where a slice ends that has no end
 BY_HEAD = "abcd,cde->abce"
 
 
@@ -204,33 +206,43 @@ def _unsqueeze(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _concat(graph: ir.Graph, node: ir.Node) -> bool:
-    """Of a tensor's two parts, in order, along the last dim."""
+    """Of a tensor's two parts, in order."""
     cuts = [producer_of(value) for value in node.inputs]
     if len(cuts) != 2 or any(cut is None or cut.op_type != "Slice" for cut in cuts):
         return False
     low, high = (cut for cut in cuts if cut is not None)
     x, dims = low.inputs[0], dims_of(low.inputs[0])
-    if x is None or x is not high.inputs[0] or dims is None or not isinstance(dims[-1], int):
+    if x is None or x is not high.inputs[0] or dims is None:
         return False
-    bounds = [_bounds(cut, len(dims), dims[-1]) for cut in (low, high)]
-    axis = node.attributes.get_int("axis", 0)
-    if axis not in (-1, len(dims) - 1) or None in bounds or bounds[0][0] != 0 or bounds[1][1] != dims[-1]:  # type: ignore[index]
-        return False
-    if bounds[0][1] != bounds[1][0]:  # type: ignore[index]
+    axis = node.attributes.get_int("axis", 0) % len(dims)
+    size = dims[axis]
+    bounds = [_bounds(cut, axis, len(dims), size) for cut in (low, high)] if isinstance(size, int) else [None]
+    if None in bounds or bounds[0][0] != 0 or bounds[1][1] != size or bounds[0][1] != bounds[1][0]:  # type: ignore[index]
         return False
     take_place(graph, node, x)
     return True
 
 
-def _bounds(cut: ir.Node, rank: int, size: int) -> tuple[int, int] | None:
-    """First and stop of a slice of step 1 along the last dim."""
+def _bounds(cut: ir.Node, axis: int, rank: int, size: int) -> tuple[int, int] | None:
+    """First and stop of a slice of step 1 along one axis."""
     numbers = [numbers_of(value) for value in cut.inputs[1:]]
     if len(numbers) < 3 or any(found is None or len(found) != 1 for found in numbers):
         return None
-    start, stop, axis, *step = (found[0] for found in numbers if found is not None)
-    if axis not in (-1, rank - 1) or step not in ([], [1]):
+    start, stop, along, *step = (found[0] for found in numbers if found is not None)
+    if along % rank != axis or step not in ([], [1]):
         return None
     return (start + size if start < 0 else start, min(stop + size if stop < 0 else stop, size))
+
+
+def _slice(graph: ir.Graph, node: ir.Node) -> bool:
+    """From the first to the last."""
+    x = node.inputs[0]
+    start, stop, *rest = (numbers_of(value) for value in node.inputs[1:])
+    whole = start == [0] and stop == [EVERYTHING] and (len(rest) < 2 or rest[1] == [1])
+    if x is None or not whole or node.outputs[0].is_graph_output():
+        return False
+    take_place(graph, node, x)
+    return True
 
 
 def _by_matmul(graph: ir.Graph, node: ir.Node) -> None:
@@ -265,5 +277,6 @@ RULES: dict[str, Callable[[ir.Graph, ir.Node], bool]] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Reshape": _reshape,
+    "Slice": _slice,
     "Where": _where,
 }

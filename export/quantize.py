@@ -16,7 +16,7 @@ import torch
 from onnx_ir.passes import common
 
 from linearize.errors import ExportError
-from linearize.export.blocks import BLOCK, quantize_columns, quantize_rows
+from linearize.export.blocks import SMALL_BLOCK, block_size, quantize_columns, quantize_rows
 from linearize.export.names import CONTRIB
 
 SMALLEST = 32  # rows and columns; below that there is nothing to gain
@@ -86,8 +86,8 @@ def _block_product(graph: ir.Graph, node: ir.Node, rows: np.ndarray, kind: str) 
     inputs = [node.inputs[0], constant(graph, f"{base}.q", blocks.packed), constant(graph, f"{base}.s", blocks.scales)]
     if blocks.zeros is not None:
         inputs.append(constant(graph, f"{base}.z", blocks.zeros))
-    attributes = {"K": rows.shape[1], "N": rows.shape[0], "bits": bits, "block_size": BLOCK,
-                  "accuracy_level": INT8_ACTIVATIONS}  # fmt: skip
+    attributes = {"K": rows.shape[1], "N": rows.shape[0], "bits": bits,
+                  "block_size": block_size(rows.shape[1], bits), "accuracy_level": INT8_ACTIVATIONS}  # fmt: skip
     return [ir.node("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB)]
 
 
@@ -105,7 +105,7 @@ def _web_product(graph: ir.Graph, node: ir.Node, rows: np.ndarray, kind: str) ->
 
 
 def _embedding(graph: ir.Graph, node: ir.Node, table: np.ndarray, kind: str) -> int:
-    if node.attributes.get_int("axis", 0) != 0 or (kind != "web" and table.shape[1] % BLOCK):
+    if node.attributes.get_int("axis", 0) != 0 or (kind != "web" and table.shape[1] % SMALL_BLOCK):
         return 0
     base = f"{node.inputs[0].name}.{kind}"  # type: ignore[union-attr]
     if kind == "web":
@@ -123,7 +123,8 @@ def _embedding(graph: ir.Graph, node: ir.Node, table: np.ndarray, kind: str) -> 
     inputs = [constant(graph, f"{base}.rows", packed), node.inputs[1], constant(graph, f"{base}.s", blocks.scales)]
     if blocks.zeros is not None:
         inputs.append(constant(graph, f"{base}.z", blocks.zeros))
-    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    block = block_size(table.shape[1], bits)
+    attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     replace(graph, node, [ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=CONTRIB)])
     return 1
 

@@ -96,6 +96,26 @@ def test_the_parts_of_a_tensor_joined_are_the_tensor(stop, nodes):
     np.testing.assert_array_equal(run(built, x=numbers(2, 5))[0], expected)
 
 
+@pytest.mark.parametrize(("axis", "second", "nodes"), [(1, 2, ["Identity"]), (1, 3, None), (2, 2, None)])
+def test_parts_are_joined_along_their_own_dim_and_a_slice_of_everything_is_its_tensor(axis, second, nodes):
+    built = model(f"""(float[b, 5, 5] x) => (float[b, n, m] y)
+    <int64[1] zero = {{0}}, int64[1] stop = {{2}}, int64[1] start = {{{second}}}, int64[1] end = {{{2**63 - 1}}},
+     int64[1] axis = {{1}}, int64[1] one = {{1}}, int64[1] two = {{2}}> {{
+      all = Slice(x, zero, end, zero, one)
+      low = Slice(all, zero, stop, axis, one)
+      high = Slice(x, start, end, axis, one)
+      same = Slice(high, zero, two, axis)
+      joined = Concat<axis = {axis}>(low, {"high" if axis == 1 else "same"})
+      y = Identity(joined)
+    }}""")
+    expected = run(built, x=numbers(2, 5, 5))[0]
+    tidy_layout(built.graph)
+    common.RemoveUnusedNodesPass()(built)
+    assert (kinds(built) == ["Identity"]) == (nodes is not None)
+    assert kinds(built).count("Slice") <= 3
+    np.testing.assert_array_equal(run(built, x=numbers(2, 5, 5))[0], expected)
+
+
 def test_an_einsum_by_head_is_a_product():
     built = model("""(float[b, t, 2, 3] x, float[2, 3, 4] w) => (float[b, t, 2, 4] y) {
       y = Einsum<equation = "bthd,hdf->bthf">(x, w)
