@@ -148,7 +148,13 @@ def _runner(program: Any, method: Any) -> Run:
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         assert program is not None
-        return list(method.execute([tensor.contiguous() for tensor in inputs]))
+        try:
+            return list(method.execute([tensor.contiguous() for tensor in inputs]))
+        except RuntimeError as error:
+            raise ExportError(
+                f"ExecuTorch cannot run the program that it made: {error}; export to another format, or compile with "
+                "other mixers (merged slots are known to fail there)"
+            ) from error
 
     return run
 

@@ -87,7 +87,7 @@ def export_loaded(load: Callable[[], LinearizedModel], directory: str | Path, fo
     check_new_directory(directory)
     compiled = load()
     check_exportable(compiled)
-    check_room(compiled, Path(directory), options)
+    check_room(compiled, Path(directory), options, expected_bytes(compiled) if format == "onnx" else 0)
     with new_directory(directory) as folder:
         finish = writer(compiled, folder, options)
         del compiled
@@ -232,8 +232,25 @@ def _writer(format: str, options: Options) -> Writer:
     return writer
 
 
-def check_room(compiled: LinearizedModel, directory: Path, options: Options) -> None:
-    """Refuse before the work what the disk has no room for: the weights, twice where both forms lie there for a while.
+def expected_bytes(compiled: LinearizedModel) -> int:
+    """What `parity.record` leaves on the disk until it is compared."""
+    from linearize.export.parity import BATCHES, LENGTHS
+
+    states = sum(spec.zeros(1).nbytes for spec in compiled.state_specs)
+    return logits_bytes(compiled.vocab_size or 2) + 2 * states * 2 * sum(BATCHES) * len(LENGTHS)
+
+
+def logits_bytes(vocabulary: int) -> int:
+    """The logits in it."""
+    from linearize.export.parity import BATCHES, LENGTHS, PROMPT, STEPS
+
+    rows = sum(BATCHES) + sum(batch for batch in BATCHES if batch > 1)  # those that are padded once more
+    return 4 * vocabulary * (rows * sum(LENGTHS) + PROMPT + STEPS)
+
+
+def check_room(compiled: LinearizedModel, directory: Path, options: Options, expected: int = 0) -> None:
+    """Refuse before the work what the disk has no room for: the weights, twice where both forms lie there for a while,
+    and `expected` bytes more.
 
     Raises:
         ArtifactError: naming what is needed and what is free.
@@ -242,7 +259,7 @@ def check_room(compiled: LinearizedModel, directory: Path, options: Options) -> 
     while not place.exists():
         place = place.parent
     copies = 2 if options.quantize is not None or options.aoti else 1
-    needed = MARGIN + copies * sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
+    needed = MARGIN + expected + copies * sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ArtifactError(

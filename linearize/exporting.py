@@ -20,7 +20,7 @@ from linearize.api import load
 from linearize.calibration.limits import free_disk, free_memory, used_memory
 from linearize.errors import ArtifactError, DataError
 from linearize.export.parity import BATCHES, LENGTHS
-from linearize.export.write import MARGIN, Options, export_loaded
+from linearize.export.write import MARGIN, Options, export_loaded, logits_bytes
 from linearize.files import check_new_directory
 from linearize.printing import bytes_text
 from linearize.runtime.saving import GRAPH, WEIGHTS, read_manifest
@@ -28,7 +28,7 @@ from linearize.tensorfile import Stored, read_header
 
 LIBRARIES = 180 << 20  # torch.onnx, onnxscript and onnxruntime, where they are not loaded yet
 NODE = 160 << 10  # the exporter's objects for one node of the saved graph
-LAID_OUT = 3  # of the largest tensor: joined, transposed, written
+LAID_OUT, ROUNDED = 3, 7  # of the largest tensor: joined, transposed, written; and while it is quantised
 ACTIVATIONS = 12  # numbers a token and column of the widest matrix, at the worst moment of a call
 QUANTISED = 1.35  # weights in both forms
 SLACK, MARGINAL = 64 << 20, 1.05
@@ -94,36 +94,34 @@ def forecast(source: Path, options: Options) -> ExportForecast:
     Raises:
         ArtifactError: it is no saved model.
     """
-    stored, nodes = _read(source)
+    stored, nodes, vocabulary = _read(source)
     weights = sum(one.nbytes for one in stored.values())
     largest = max((one.nbytes for one in stored.values()), default=0)
-    activations = _activations(list(stored.values()))
+    sides = {max(one.shape) for one in stored.values() if len(one.shape) == 2} - {vocabulary}
+    activations = _activations(vocabulary, max(sides, default=vocabulary))
     taken = used_memory()
     held = int(weights * (QUANTISED if options.quantize else 1))
-    working = LIBRARIES + NODE * nodes + held + LAID_OUT * largest + activations
-    disk = MARGIN + weights * (2 if options.quantize else 1)
+    copies = ROUNDED if options.quantize else LAID_OUT
+    working = LIBRARIES + NODE * nodes + held + copies * largest + activations
+    disk = MARGIN + weights * (2 if options.quantize else 1) + logits_bytes(vocabulary)
     return ExportForecast(int((taken + working) * MARGINAL) + SLACK, disk, taken, weights)
 
 
-def _read(source: Path) -> tuple[dict[str, Stored], int]:
-    """(the tensors, the number of nodes)."""
-    read_manifest(source)
+def _read(source: Path) -> tuple[dict[str, Stored], int, int]:
+    """(the tensors, the number of nodes, that of the vocabulary)."""
+    vocabulary = read_manifest(source).vocab_size or 2
     try:
         rows = json.loads((source / GRAPH).read_bytes())
     except OSError as error:
         raise ArtifactError(f"cannot read {source / GRAPH}: {error.strerror or error}") from error
     except ValueError as error:
         raise ArtifactError(f"{source / GRAPH} is damaged: not JSON ({error})") from error
-    return read_header(source / WEIGHTS)[0], len(rows)
+    return read_header(source / WEIGHTS)[0], len(rows), vocabulary
 
 
-def _activations(stored: list[Stored]) -> int:
+def _activations(vocabulary: int, widest: int) -> int:
     """Of the largest call of the comparison: its logits thrice (two to compare, one copy), and what runs beside."""
-    tokens = max(BATCHES) * max(LENGTHS)
-    matrices = [one.shape for one in stored if len(one.shape) == 2]
-    vocabulary = max((max(shape) for shape in matrices), default=0)
-    widest = max((max(shape) for shape in matrices if max(shape) < vocabulary), default=vocabulary)
-    return 4 * tokens * (3 * vocabulary + ACTIVATIONS * widest)
+    return 4 * max(BATCHES) * max(LENGTHS) * (3 * vocabulary + ACTIVATIONS * widest)
 
 
 def check_fits(found: ExportForecast, memory: int | None, folder: Path) -> None:

@@ -14,7 +14,7 @@ from linearize import exporting
 from linearize.errors import ArtifactError, DataError
 from linearize.export import parity, write
 from linearize.export.write import MARGIN, Options
-from tests.export.models import Plain
+from tests.export.models import VOCAB, Plain
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,26 @@ def test_the_forecast_counts_weights_once_and_what_is_here_already(saved: Path) 
     assert 0.9 * size < found.weights <= size
     assert found.memory > found.taken + found.weights
     assert quantised.memory > found.memory
-    assert (found.disk, quantised.disk) == (MARGIN + found.weights, MARGIN + 2 * found.weights)
+    kept = write.logits_bytes(VOCAB)
+    assert (found.disk, quantised.disk) == (MARGIN + kept + found.weights, MARGIN + kept + 2 * found.weights)
+
+
+def test_what_is_kept_for_the_comparison_fits_in_what_was_told(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    real = parity.check_recorded
+
+    def check(recorded: Any, folder: Path) -> Any:
+        kept.extend(path.stat().st_size for path in recorded.place.iterdir())
+        return real(recorded, folder)
+
+    for name, value in (("LENGTHS", (1, 9)), ("WARM", 8), ("PROMPT", 5), ("STEPS", 4)):
+        monkeypatch.setattr(parity, name, value)
+    monkeypatch.setattr(parity, "check_recorded", check)
+    model = linearize.load(saved)
+    linearize.export(model, tmp_path / "out")
+    assert 0 < sum(kept) < write.expected_bytes(model) + len(kept) * (64 << 10)  # names and small inputs in each file
 
 
 def test_a_limit_is_for_onnx(saved: Path, tmp_path: Path) -> None:

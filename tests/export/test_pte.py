@@ -98,6 +98,15 @@ def test_a_program_that_disagrees_is_refused(compiled, directory):
         pte.check(compiled, lambda *inputs: [x + 1e-3 for x in methods["step"](*inputs)], 1)
 
 
+def test_a_program_that_the_runtime_cannot_run_is_refused():
+    class Method:
+        def execute(self, inputs):
+            raise RuntimeError("method->execute() failed with error 0x12")
+
+    with pytest.raises(ExportError, match=r"cannot run the program that it made: method->execute\(\) failed"):
+        pte._runner(object(), Method())(torch.zeros(1))
+
+
 @needs_executorch
 @pytest.mark.slow
 def test_the_onnx_reader_says_what_it_is(directory):
