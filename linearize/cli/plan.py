@@ -41,6 +41,13 @@ def plan_model(
     add: Annotated[
         list[str] | None, typer.Option(metavar="MIXER{...}", help="A further candidate: citrus{keep=256}. Repeatable.")
     ] = None,
+    exports: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WAY",
+            help="Only what this export takes: onnx, portable, genai, torchscript, pt2. Repeatable.",
+        ),
+    ] = None,
     heads: Annotated[bool, typer.Option(help="Let the kv heads of a layer differ.")] = True,
     data: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to score on, as for compile.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to score on, and as many to measure plans on.")] = 4096,
@@ -67,7 +74,8 @@ def plan_model(
     wanted = parse_context(context)
     parse_budget(budget, 1)
     extra = tuple(parse_mixer(text) for text in add or ())
-    wishes = Wishes(dict(parse_pin(text) for text in pin or ()), tuple(never or ()), tuple(use or ()), extra, heads)
+    pins = dict(parse_pin(text) for text in pin or ())
+    wishes = Wishes(pins, tuple(never or ()), tuple(use or ()), extra, heads, tuple(exports or ()))
     check_names(wishes)
     machine = load_target(target)
     source = load_source(model)
@@ -82,6 +90,8 @@ def plan_model(
         program, wanted, machine, batch=batch, data=rows, tokens=tokens, length=longest, wishes=wishes, seed=seed,
         progress=not quiet,
     )  # fmt: skip
+    for reason, mixers in planner.left_out.items():
+        say(f"left out: {', '.join(mixers)}: {reason}")
     limit = parse_budget(budget, planner.source_bytes)
     chosen = planner.best(limit, measurements)
     plan = planner.plan(chosen, limit, source_seconds(source, planner))
@@ -94,9 +104,11 @@ def plan_model(
 
 
 def check_names(wishes: Wishes) -> None:
-    """Raises RecipeError where a mixer is named that there is none of."""
+    """Raises RecipeError where a mixer, ExportError where a way of exporting is named that there is none of."""
     from linearize.mixers import mixer_class
+    from linearize.planner.exports import ways_of
 
+    ways_of(wishes.exports)
     for name in (*wishes.never, *wishes.mixers, *(mixer for mixer, _ in (*wishes.pins.values(), *wishes.extra))):
         mixer_class(name)
 

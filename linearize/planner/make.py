@@ -12,10 +12,12 @@ from linearize.calibration.data import checked_batches
 from linearize.calibration.keys import tokens_key
 from linearize.calibration.samples import sample_teacher
 from linearize.errors import RecipeError
+from linearize.export.ways import Way
 from linearize.mixers import mixer_class
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
 from linearize.planner.candidates import Candidate, candidate, default_candidates, only
+from linearize.planner.exports import check_model, taken, ways_of
 from linearize.planner.planning import Planner
 from linearize.planner.scores import planner_scores
 from linearize.planner.target import Target
@@ -30,13 +32,15 @@ LONGEST = 1024  # of a row that scores are measured on, unless the data has long
 @dataclass(frozen=True)
 class Wishes:
     """What the user wants of a plan beside its budget. `pins`: by site, a mixer with options; `never`: mixers that no
-    site becomes; `mixers`: those that may be used at all, () for all; `extra`: further candidates, with options."""
+    site becomes; `mixers`: those that may be used at all, () for all; `extra`: further candidates, with options;
+    `exports`: ways of exporting (`linearize.export.ways`) that must all take the plan."""
 
     pins: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
     mixers: tuple[str, ...] = ()
     extra: tuple[tuple[str, dict[str, Any]], ...] = ()
     by_head: bool = True
+    exports: tuple[str, ...] = ()
 
 
 def make_planner(
@@ -58,21 +62,27 @@ def make_planner(
     model's own samples.
 
     Raises:
-        RecipeError: no attention was matched, a pin cannot be, or the model has no weights.
+        RecipeError: no attention was matched, a pin cannot be, the model has no weights, or nothing that is left can be
+            exported as wished.
+        ExportError: there is no such way of exporting.
         DataError: the data is unusable.
     """
     teacher = raised(program)
     if not teacher.matched:
         raise RecipeError(f"{program.model_name} has no attention that could be matched, so there is nothing to plan")
     wishes = wishes or Wishes()
+    ways = ways_of(wishes.exports)
+    check_model(teacher, ways)
     shown = Progress(progress)
     rows = _rows(teacher, data, tokens, length, seed, shown)
     train, held = _split(rows)
     longest = max(row.shape[1] for row in train)
-    candidates = {site.index: site_candidates(site, context, min(longest, context), wishes) for site in teacher.matched}
+    candidates, left_out = _candidates(teacher.matched, context, min(longest, context), wishes, ways)
     scores = planner_scores(teacher, lambda: train, tokens_key(train), candidates, shown, seed)
     pins = {site: candidate(mixer, options, context, longest) for site, (mixer, options) in wishes.pins.items()}
-    return Planner(teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head)
+    return Planner(
+        teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head, ways, left_out
+    )
 
 
 def raised(program: Program) -> Program:
@@ -99,6 +109,25 @@ def _split(rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [rows[0][:, :half]], [rows[0][:, half:]]
     half = (len(rows) + 1) // 2
     return list(rows[:half]), list(rows[half:])
+
+
+def _candidates(
+    sites: Sequence[Site], context: int, length: int, wishes: Wishes, ways: Sequence[Way]
+) -> tuple[dict[int, list[Candidate]], dict[str, tuple[str, ...]]]:
+    """(by site what it may become, {why: the mixers that are left out as some way of exporting does not take them})."""
+    found, left_out = dict[int, list[Candidate]](), dict[str, list[str]]()
+    for site in sites:
+        found[site.index], without = taken(site, site_candidates(site, context, length, wishes), ways)
+        for reason, mixers in without.items():
+            left_out[reason] = list(dict.fromkeys([*left_out.get(reason, []), *mixers]))
+        if not found[site.index]:
+            what = "the pin" if site.index in wishes.pins else "every candidate"
+            names = ", ".join(way.name for way in ways)
+            raise RecipeError(
+                f"site {site.index} ({site.module}): {what} is refused by an export that is wished for ({names}): "
+                f"{next(iter(without))}; pin, use or add another mixer, or leave that export out"
+            )
+    return found, {reason: tuple(mixers) for reason, mixers in left_out.items()}
 
 
 def site_candidates(site: Site, context: int, length: int, wishes: Wishes) -> list[Candidate]:

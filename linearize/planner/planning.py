@@ -15,11 +15,13 @@ from torch import Tensor
 
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import RecipeError
+from linearize.export.ways import Way
 from linearize.mixers import Mixer
 from linearize.plan import Fit, Plan, PlanEntry, PlanFigures
 from linearize.planner.candidates import Candidate
 from linearize.planner.choices import Choice, Known, entry_of, known_candidates, site_options
 from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
+from linearize.planner.exports import check_states
 from linearize.planner.scores import Scores, prepared
 from linearize.planner.solver import Option, solve
 from linearize.planner.student import Student, divergence
@@ -46,7 +48,8 @@ class Budget:
 @dataclass
 class Planner:
     """All that is known of one model at one context. Scores were measured on `train`, plans are on `held`; `pins` maps
-    sites to what they must become."""
+    sites to what they must become; `ways` are exports that take all candidates, and `left_out` says by reason which
+    mixers they do not take."""
 
     teacher: Program
     context: int
@@ -58,6 +61,8 @@ class Planner:
     held: Sequence[Tensor] = ()
     pins: Mapping[int, Candidate] = field(default_factory=dict)
     by_head: bool = True
+    ways: Sequence[Way] = ()
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._measured: dict[tuple[tuple[int, Choice], ...], float] = {}
@@ -142,7 +147,9 @@ class Planner:
                 f"no plan fits {budget.text or budget.limit}: the cheapest takes {least:,.6g} {unit}; "
                 "raise the budget, pin less or allow more candidates"
             )
-        return {site.index: item[at].choice for site, item, at in zip(sites, items, chosen, strict=True)}
+        found = {site.index: item[at].choice for site, item, at in zip(sites, items, chosen, strict=True)}
+        check_states(self.bytes_of(found) == self.base.state_bytes, self.ways)
+        return found
 
     def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
         """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, and
@@ -227,6 +234,7 @@ class Planner:
             state_bytes=self.bytes_of(assignment), source_bytes=self.source_bytes,
             predicted_loss=self.predicted(assignment), measured_loss=loss,
             predicted_seconds=self.seconds_of(entries), source_seconds=source_seconds,
+            exports=tuple(way.name for way in self.ways) or None,
         )  # fmt: skip
         learning = any(learns(entry) for entry in entries)
         return Plan(recipe="plan", figures=figures, fit=PREPARE if learning else NOTHING, entries=tuple(entries))
