@@ -201,17 +201,18 @@ class Bench:
         """Half with one random candidate a site, half with one a kv head; predicted and measured."""
         draw = random.Random(0)
         plans = []
-        for number in range(RANDOM):
+        while len(plans) < RANDOM:
             chosen = {}
             for site in self.sites:
                 known = self.planner.known[site.index]
                 heads = site.attention.kv_heads
                 single = [one.candidate for one in known if one.candidate.by_head]
-                if number % 2:
+                if len(plans) % 2:
                     chosen[site.index] = tuple(draw.choice(single) for _ in range(heads))
                 else:
                     chosen[site.index] = (draw.choice(known).candidate,) * heads
-            plans.append(chosen)
+            if self.planner.allowed(chosen):  # caches that are read are kept
+                plans.append(chosen)
         rows = self.measure([self.planner.entries(one, scored=True) for one in plans])
         predicted = [self.planner.predicted(one) for one in plans]
         return [{"predicted": loss, "loss": statistics.fmean(row)} for loss, row in zip(predicted, rows, strict=True)]

@@ -90,8 +90,8 @@ def plan_model(
         program, wanted, machine, batch=batch, data=rows, tokens=tokens, length=longest, wishes=wishes, seed=seed,
         progress=not quiet,
     )  # fmt: skip
-    for reason, mixers in planner.left_out.items():
-        say(f"left out: {', '.join(mixers)}: {reason}")
+    for reason, names in planner.left_out.items():
+        say(f"left out: {', '.join(names)}: {reason}")
     limit = parse_budget(budget, planner.source_bytes)
     chosen = planner.best(limit, measurements)
     plan = planner.plan(chosen, limit, source_seconds(source, planner))

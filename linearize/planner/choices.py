@@ -102,7 +102,8 @@ def entry_of(site: Site, choice: Choice, reason: str = "", scored: bool = False)
     distinct = list(dict.fromkeys(choice))
 
     def options(one: Candidate) -> dict[str, Any]:
-        return dict(one.scored if scored else one.options)
+        given = one.scored if scored else one.options
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given}
 
     if len(distinct) == 1:
         made = (distinct[0].mixer, options(distinct[0]))

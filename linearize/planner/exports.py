@@ -92,7 +92,7 @@ def check_states(stateless: bool, ways: Sequence[Way]) -> None:
     """Some site has a state, where a way needs one.
 
     Raises:
-        RecipeError: the plan is `stateless`.
+        RecipeError: every plan is `stateless`.
     """
     needing = [way.name for way in ways if way.needs_state]
     if stateless and needing:

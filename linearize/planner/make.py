@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from linearize.calibration.keys import tokens_key
 from linearize.calibration.samples import sample_teacher
 from linearize.errors import RecipeError
 from linearize.export.ways import Way
-from linearize.mixers import mixer_class
+from linearize.mixers.share import sharing_problem
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
-from linearize.planner.candidates import Candidate, candidate, default_candidates, only
+from linearize.planner.candidates import Candidate, candidate, default_candidates
 from linearize.planner.exports import check_model, taken, ways_of
+from linearize.planner.found import FOUND, found_candidates
 from linearize.planner.planning import Planner
 from linearize.planner.scores import planner_scores
 from linearize.planner.target import Target
@@ -41,6 +42,10 @@ class Wishes:
     extra: tuple[tuple[str, dict[str, Any]], ...] = ()
     by_head: bool = True
     exports: tuple[str, ...] = ()
+
+    def wants(self, mixer: str) -> bool:
+        """Whether it is among those that sites may become without being asked for."""
+        return mixer not in self.never and (not self.mixers or mixer in self.mixers)
 
 
 def make_planner(
@@ -77,8 +82,11 @@ def make_planner(
     rows = _rows(teacher, data, tokens, length, seed, shown)
     train, held = _split(rows)
     longest = max(row.shape[1] for row in train)
-    candidates, left_out = _candidates(teacher.matched, context, min(longest, context), wishes, ways)
-    scores = planner_scores(teacher, lambda: train, tokens_key(train), candidates, shown, seed)
+    kinds = [name for name in FOUND if wishes.wants(name)]
+    key = tokens_key(train)
+    found = found_candidates(teacher, lambda: train, key, kinds, context, min(longest, context), shown)
+    candidates, left_out = _candidates(teacher.matched, context, min(longest, context), wishes, ways, found)
+    scores = planner_scores(teacher, lambda: train, key, candidates, shown, seed)
     pins = {site: candidate(mixer, options, context, longest) for site, (mixer, options) in wishes.pins.items()}
     return Planner(
         teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head, ways, left_out
@@ -112,12 +120,19 @@ def _split(rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _candidates(
-    sites: Sequence[Site], context: int, length: int, wishes: Wishes, ways: Sequence[Way]
+    sites: Sequence[Site],
+    context: int,
+    length: int,
+    wishes: Wishes,
+    ways: Sequence[Way],
+    more: Mapping[int, Sequence[Candidate]],
 ) -> tuple[dict[int, list[Candidate]], dict[str, tuple[str, ...]]]:
     """(by site what it may become, {why: the mixers that are left out as some way of exporting does not take them})."""
     found, left_out = dict[int, list[Candidate]](), dict[str, list[str]]()
     for site in sites:
-        found[site.index], without = taken(site, site_candidates(site, context, length, wishes), ways)
+        found[site.index], without = taken(
+            site, site_candidates(site, context, length, wishes, more.get(site.index, ()), sites), ways
+        )
         for reason, mixers in without.items():
             left_out[reason] = list(dict.fromkeys([*left_out.get(reason, []), *mixers]))
         if not found[site.index]:
@@ -130,9 +145,16 @@ def _candidates(
     return found, {reason: tuple(mixers) for reason, mixers in left_out.items()}
 
 
-def site_candidates(site: Site, context: int, length: int, wishes: Wishes) -> list[Candidate]:
+def site_candidates(
+    site: Site,
+    context: int,
+    length: int,
+    wishes: Wishes,
+    more: Sequence[Candidate] = (),
+    sites: Sequence[Site] = (),
+) -> list[Candidate]:
     """What a site may become, by what its mixers refuse and what the user wishes; `keep` is always among them unless it
-    is pinned to something else.
+    is pinned to something else. `more` was found on data; `sites` are all of the model, whose caches may be read.
 
     Raises:
         RecipeError: a pin is refused by the site or has wrong options.
@@ -140,17 +162,26 @@ def site_candidates(site: Site, context: int, length: int, wishes: Wishes) -> li
     pin = wishes.pins.get(site.index)
     if pin is not None:
         pinned = candidate(*pin, context, length)
-        _check_pin(site, pinned)
+        _check_pin(site, pinned, sites, wishes)
         return [pinned]
-    found = _by_mask(site, context, length)
-    if wishes.mixers:
-        found = only(found, wishes.mixers)
+    found = [one for one in [*_by_mask(site, context, length), *more] if one.mixer == "keep" or wishes.wants(one.mixer)]
     found = [one for one in found if one.mixer not in wishes.never]
     found += [candidate(*one, context, length) for one in wishes.extra]
-    found = [one for one in found if one.refusal(site) is None]
+    found = [one for one in found if one.refusal(site) is None and sharing_refusal(site, one, sites, wishes) is None]
     if not found:
         raise RecipeError(f"site {site.index} ({site.module}): every candidate is refused or ruled out")
     return found
+
+
+def sharing_refusal(site: Site, one: Candidate, sites: Sequence[Site], wishes: Wishes) -> str | None:
+    """Why it cannot read the other site's cache, which must be one that may be kept; None for what reads none."""
+    if one.of is None:
+        return None
+    source = next((other for other in sites if other.index == one.of), None)
+    planned = wishes.pins.get(one.of, ("keep", {}))[0]
+    if planned == "keep" and "keep" in wishes.never:
+        return f"it shares the cache of site {one.of}, which is never kept"
+    return sharing_problem(site, source, planned)
 
 
 def _by_mask(site: Site, context: int, length: int) -> list[Candidate]:
@@ -163,9 +194,9 @@ def _by_mask(site: Site, context: int, length: int) -> list[Candidate]:
     return [Candidate("drop"), *windows, Candidate("keep")]
 
 
-def _check_pin(site: Site, pinned: Candidate) -> None:
+def _check_pin(site: Site, pinned: Candidate, sites: Sequence[Site], wishes: Wishes) -> None:
     try:
-        refusal = mixer_class(pinned.mixer).refusal_with(site, dict(pinned.options))
+        refusal = pinned.refusal(site) or sharing_refusal(site, pinned, sites, wishes)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"pin of site {site.index}: {pinned.mixer}: {error}") from error
     if refusal is not None:

@@ -23,7 +23,8 @@ from linearize.planner.choices import Choice, Known, entry_of, known_candidates,
 from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
 from linearize.planner.exports import check_states
 from linearize.planner.scores import Scores, prepared
-from linearize.planner.solver import Option, solve
+from linearize.planner.sharing import Link, solve_linked
+from linearize.planner.solver import Option
 from linearize.planner.student import Student, divergence
 from linearize.planner.target import Target
 from linearize.program import Program
@@ -31,6 +32,7 @@ from linearize.spec import Site
 
 PREPARE = Fit(tokens=4096, length=512, batch=4, passes=0)
 NOTHING = Fit(tokens=0)
+KEEP = Candidate("keep")
 CLOSE = 1.5  # plans of at most so many times the solution's predicted loss are worth a measurement
 
 Assignment = Mapping[int, Choice]  # by site
@@ -66,6 +68,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._measured: dict[tuple[tuple[int, Choice], ...], float] = {}
+        self._solutions: dict[Budget, list[dict[int, Option]]] = {}
         self._frontiers: dict[tuple[int, bool], list[Option]] = {}
 
     @cached_property
@@ -121,12 +124,33 @@ class Planner:
     def frontier(self, site: Site, seconds: bool = False) -> list[Option]:
         """What the site can be, cheapest first, each losing less than the one before."""
         if (site.index, seconds) not in self._frontiers:
-            known = self.known[site.index]
+            known = [one for one in self.known[site.index] if one.candidate.of is None]
             if site.index in self.pins:
                 known = [one for one in known if one.candidate == self.pins[site.index]]
             cost: Callable[[Site, Choice], float] = self._site_seconds if seconds else self._site_bytes
             self._frontiers[site.index, seconds] = site_options(site, known, cost, self.by_head and not seconds)
         return self._frontiers[site.index, seconds]
+
+    def links(self, seconds: bool = False) -> list[Link]:
+        """The caches that sites may read, where both ends are free to."""
+        cost: Callable[[Site, Choice], float] = self._site_seconds if seconds else self._site_bytes
+        found = []
+        for site in self.teacher.matched:
+            for known in self.known[site.index]:
+                of, choice = known.candidate.of, (known.candidate,) * site.attention.kv_heads
+                if of is not None and self.pins.get(site.index, known.candidate) == known.candidate:
+                    found.append(Link(site.index, of, Option(known.loss, cost(site, choice), choice)))
+        return [link for link in found if link.of in self.keeps(seconds)]
+
+    def keeps(self, seconds: bool = False) -> dict[int, Option]:
+        """Every site kept, of those that may be."""
+        cost: Callable[[Site, Choice], float] = self._site_seconds if seconds else self._site_bytes
+        made = {}
+        for site in self.teacher.matched:
+            choice = (KEEP,) * site.attention.kv_heads
+            if any(one.candidate == KEEP for one in self.known[site.index]) and self.pins.get(site.index, KEEP) == KEEP:
+                made[site.index] = Option(0.0, cost(site, choice), choice)
+        return made
 
     # ---- solving -----------------------------------------------------------------------------------------------------
 
@@ -134,28 +158,57 @@ class Planner:
         """The assignment of least predicted loss.
 
         Raises:
-            RecipeError: not even the cheapest one fits; it says what that takes.
+            RecipeError: not even the cheapest one fits; it says what that takes. Or no export takes it.
         """
-        sites = self.teacher.matched
-        items = [self.frontier(site, budget.seconds) for site in sites]
-        fixed = self.target.seconds(self.base.calls) if budget.seconds else float(self.base.state_bytes)
-        chosen = solve(items, budget.limit - fixed)
-        if chosen is None:
-            least = fixed + sum(item[0].cost for item in items)
-            unit = "seconds a token" if budget.seconds else "bytes"
-            raise RecipeError(
-                f"no plan fits {budget.text or budget.limit}: the cheapest takes {least:,.6g} {unit}; "
-                "raise the budget, pin less or allow more candidates"
-            )
-        found = {site.index: item[at].choice for site, item, at in zip(sites, items, chosen, strict=True)}
-        check_states(self.bytes_of(found) == self.base.state_bytes, self.ways)
-        return found
+        found = self.solutions(budget)
+        if not found:
+            raise RecipeError(self._too_small(budget))
+        allowed = [one for one in found if self.allowed(one)]
+        check_states(not allowed, self.ways)
+        return allowed[0]
+
+    def solutions(self, budget: Budget) -> list[Assignment]:
+        """One for every set of shared caches that is worth trying, and without any; the least loss first."""
+        items = {site.index: self.frontier(site, budget.seconds) for site in self.teacher.matched}
+        links = self.links(budget.seconds)
+        forced = [link for link in links if link.site in self.pins]
+        if budget not in self._solutions:
+            limit = budget.limit - self._fixed(budget)
+            self._solutions[budget] = solve_linked(items, self.keeps(budget.seconds), links, limit, forced)
+        return [{site: option.choice for site, option in one.items()} for one in self._solutions[budget]]
+
+    def _fixed(self, budget: Budget) -> float:
+        """What is spent whatever the sites become."""
+        return self.target.seconds(self.base.calls) if budget.seconds else float(self.base.state_bytes)
+
+    def _too_small(self, budget: Budget) -> str:
+        items = [self.frontier(site, budget.seconds) for site in self.teacher.matched]
+        shared = {link.site: link.option for link in self.links(budget.seconds) if link.site in self.pins}
+        least = self._fixed(budget) + sum(
+            item[0].cost if item else shared[site.index].cost
+            for site, item in zip(self.teacher.matched, items, strict=True)
+        )
+        unit = "seconds a token" if budget.seconds else "bytes"
+        return (
+            f"no plan fits {budget.text or budget.limit}: the cheapest takes {least:,.6g} {unit}; "
+            "raise the budget, pin less or allow more candidates"
+        )
+
+    def allowed(self, assignment: Assignment) -> bool:
+        """Caches that are read are kept, and some site has a state where an export needs one."""
+        sources = {choice[0].of for choice in assignment.values()} - {None}
+        if any(assignment[of] != (KEEP,) * len(assignment[of]) for of in sources if of is not None):
+            return False
+        needed = any(way.needs_state for way in self.ways)
+        return not needed or self.bytes_of(assignment) > self.base.state_bytes
 
     def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
-        """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, and
-        plans with one candidate everywhere; the most promising first."""
-        sites = self.teacher.matched
-        items = {site.index: self.frontier(site, budget.seconds) for site in sites}
+        """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, by
+        other shared caches, or by one candidate everywhere; the most promising first."""
+        bound = {site for site, choice in start.items() if choice[0].of is not None}
+        bound |= {choice[0].of for choice in start.values() if choice[0].of is not None}
+        free = [site for site in self.teacher.matched if site.index not in bound]
+        items = {site.index: self.frontier(site, budget.seconds) for site in free}
         place = {index: _place(items[index], start[index]) for index in items}
         found: list[Assignment] = [start]
         for up in items:
@@ -168,9 +221,12 @@ class Planner:
                 for down in items:
                     lowered = [at for at in range(place[down] - 1, -1, -1) if down != up]
                     found += [{**changed, down: items[down][at].choice} for at in lowered[:6]]
-        found += self.uniform()
+        found += [*self.solutions(budget), *self.uniform()]
         limit = CLOSE * self.predicted(start) + 1e-6
-        fitting = [one for one in found if self.cost(one, budget) <= budget.limit and self.predicted(one) <= limit]
+        fitting = [
+            one for one in found
+            if self.cost(one, budget) <= budget.limit and self.predicted(one) <= limit and self.allowed(one)
+        ]  # fmt: skip
         return sorted(_distinct(fitting), key=self.predicted)
 
     def uniform(self) -> list[Assignment]:

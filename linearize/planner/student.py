@@ -32,9 +32,12 @@ class Student:
     @torch.no_grad()
     def logits(self, ids: Tensor, mixers: Mapping[int, Mixer]) -> Tensor:
         """[B, T, V] for token ids int64 [B, T]."""
-        given: dict[fx.Node, Any] = _inputs(self.program, ids.to(self.program.device))
+        given: dict[fx.Node, Any] = _inputs(self.program, ids.to(self.program.place))
         base = dict(given)
+        shared = {need for mixer in mixers.values() for need in mixer.needs if "@" in need}
         for site in self.program.matched:
+            lent = [self._node(site, need) for need in shared if need.endswith(f"@{site.index}")]
+            base |= dict(zip(lent, evaluate(self.program.module, lent, given), strict=True))
             if site.index in mixers:
                 core = self._nodes[site.nodes.core]
                 given[core] = self._replaced(site, mixers[site.index], given)
@@ -43,9 +46,14 @@ class Student:
         return evaluate(self.program.module, [self._output], given)[0]  # type: ignore[no-any-return]
 
     def _replaced(self, site: Site, mixer: Mixer, given: dict[fx.Node, Any]) -> Tensor:
-        nodes = site.nodes
-        names = [nodes.query, nodes.key, nodes.value, *(getattr(nodes, need) for need in mixer.needs)]
-        return mixer.run(evaluate(self.program.module, [self._nodes[name] for name in names], given))
+        wanted = [self._node(site, need) for need in ("query", "key", "value", *mixer.needs)]
+        return mixer.run(evaluate(self.program.module, wanted, given))
+
+    def _node(self, site: Site, need: str) -> fx.Node:
+        """Of what a mixer needs; "key@3" is the key of site 3."""
+        own, _, index = need.partition("@")
+        holder = next(other for other in self.program.matched if str(other.index) == index) if index else site
+        return self._nodes[getattr(holder.nodes, own)]
 
 
 def crossing(program: Program, cut: fx.Node) -> list[fx.Node]:
