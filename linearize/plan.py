@@ -57,7 +57,7 @@ class Fit(BaseModel):
 class PlanFigures(BaseModel):
     """What the planner said of a plan when it wrote it. Loss is KL(source || plan) in nats a token; bytes are of one
     state at `context` and `batch`; seconds are of one decoded token on `target`; `exports` names the ways of exporting
-    that were to take it."""
+    that were to take it. `estimate`: how losses were predicted where they were not measured site by site."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,6 +72,7 @@ class PlanFigures(BaseModel):
     predicted_seconds: float | None = None
     source_seconds: float | None = None
     exports: tuple[str, ...] | None = None
+    estimate: Literal["second order"] | None = None
 
 
 class Plan(BaseModel):

@@ -32,7 +32,7 @@ class Blocks:
         self._names = program.nodes_by_name()
         activations = read_flow(program).activations
         self._last = {node: max((self._order[user] for user in node.users), default=-1) for node in activations}
-        self._output = next(node for node in reversed(self._nodes) if node.op == "output")
+        self.output = next(node for node in reversed(self._nodes) if node.op == "output")
         self._places = self._choose()
         self.crossing: list[list[fx.Node]] = [[], *(self._crossing(place) for place in self._places)]
 

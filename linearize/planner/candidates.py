@@ -18,7 +18,7 @@ LOCAL = 128
 SHARES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 WINDOW_SHARES = (1 / 8, 1 / 2)
 LATENT_SHARES = (0.25, 0.5)
-EVICTING_SHARES = (1 / 64, 1 / 16, 1 / 4)
+EVICTING_SHARES = (1 / 64, 1 / 8)
 EVICTING: tuple[tuple[str, dict[str, Any]], ...] = (  # H2O, CItruS, Q-Filters
     ("citrus", {"window": 32, "memory": 1.0}), ("citrus", {"window": 32, "memory": 0.0}), ("q_filters", {"window": 32}),
 )  # fmt: skip

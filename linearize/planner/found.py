@@ -24,6 +24,7 @@ from torch import Tensor
 from linearize.calibration.head_windows import profile_heads, solve
 from linearize.calibration.keys import hash_of, model_key
 from linearize.calibration.scores import cache_folder
+from linearize.calibration.spill import Spill
 from linearize.calibration.teacher import TeacherStream
 from linearize.errors import ArtifactError
 from linearize.files import write_atomically
@@ -38,7 +39,7 @@ from linearize.spec import AttentionSpec, Site
 STARTS = (16, 32, 64, LOCAL)
 GROWTHS = (0.0, *(2.0**-power for power in range(8, 0, -1)))
 RULES = tuple((alpha, beta) for alpha in STARTS for beta in GROWTHS)
-MEANS = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of the context, on top of `NEAR`
+MEANS = (1 / 128, 1 / 32, 1 / 8, 1 / 4)  # of the context, on top of `NEAR`
 NEAR, SINKS = 32, 4
 SOURCES = 2
 FOUND = ("moa", "share")
@@ -55,9 +56,10 @@ def found_candidates(
     context: int,
     length: int,
     progress: Progress,
+    spill: Spill | None = None,
 ) -> dict[int, list[Candidate]]:
     """Of the kinds `kinds` (of `FOUND`), by site, for a raised program, to be scored on rows of `length` tokens; `data`
-    gives batches int64 [B, T] and is asked only for what the cache does not know."""
+    gives batches int64 [B, T] and is asked only for what the cache does not know; `spill` keeps what crosses cuts."""
     model, about = model_key(teacher), f"{context} {sorted(kinds)} {VERSION}"
     sites = [site for site in teacher.matched if site.attention.mask.kind == "causal" and kinds]
     files = {
@@ -67,7 +69,7 @@ def found_candidates(
     known = {site: made for site, file in files.items() if (made := _read(file)) is not None}
     if len(known) < len(sites):
         missing = [site for site in sites if site.index not in known]
-        known |= _search(teacher, list(data()), missing, kinds, context, files, progress)
+        known |= _search(teacher, list(data()), missing, kinds, context, files, progress, spill)
     return {site: [_candidate(*one, length) for one in made] for site, made in known.items()}
 
 
@@ -82,9 +84,9 @@ def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def _search(
     teacher: Program, batches: list[Tensor], sites: Sequence[Site], kinds: Sequence[str], context: int,
-    files: Mapping[int, Path], progress: Progress,
+    files: Mapping[int, Path], progress: Progress, spill: Spill | None,
 ) -> dict[int, Made]:  # fmt: skip
-    stream, known = TeacherStream(teacher, batches), dict[int, Made]()
+    stream, known = TeacherStream(teacher, batches, spill), dict[int, Made]()
     wanted = {site.index for site in sites}
     with torch.no_grad():
         for site in progress.track(stream.walk(teacher.matched), "finding candidates", total=len(teacher.matched)):

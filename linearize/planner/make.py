@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from linearize.calibration.data import checked_batches
-from linearize.calibration.keys import tokens_key
+from linearize.calibration.keys import hash_of, model_key, tokens_key
 from linearize.calibration.samples import sample_teacher
-from linearize.errors import RecipeError
+from linearize.calibration.scores import cache_folder
+from linearize.errors import DataError, RecipeError
 from linearize.export.ways import Way
 from linearize.mixers.share import sharing_problem
 from linearize.passes.rewrite import RaiseAttention
@@ -21,6 +24,8 @@ from linearize.planner.exports import check_model, taken, ways_of
 from linearize.planner.found import FOUND, found_candidates
 from linearize.planner.planning import Planner
 from linearize.planner.scores import planner_scores
+from linearize.planner.streamed import KeptSpill
+from linearize.planner.streamed_memory import check_memory
 from linearize.planner.target import Target
 from linearize.program import Program
 from linearize.progress import Progress
@@ -60,17 +65,20 @@ def make_planner(
     wishes: Wishes | None = None,
     seed: int = 0,
     progress: bool = False,
+    memory: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Planner:
     """Measure what is not remembered, and be ready to plan for any budget.
 
     `data` yields token ids int64 [B, T], of which every other row is held out to measure plans on; None draws the
-    model's own samples.
+    model's own samples. A program that `capture_directory` made stays on disk: its scores are to second order, from one
+    walk there and back (`streamed`), in `memory` bytes at most, or what is free; `say` is told how much that takes.
 
     Raises:
         RecipeError: no attention was matched, a pin cannot be, the model has no weights, or nothing that is left can be
             exported as wished.
         ExportError: there is no such way of exporting.
-        DataError: the data is unusable.
+        DataError: the data is unusable, or there is none for a model that stays on disk, or it needs more memory.
     """
     teacher = raised(program)
     if not teacher.matched:
@@ -84,9 +92,16 @@ def make_planner(
     longest = max(row.shape[1] for row in train)
     kinds = [name for name in FOUND if wishes.wants(name)]
     key = tokens_key(train)
-    found = found_candidates(teacher, lambda: train, key, kinds, context, min(longest, context), shown)
+    walk = _walk_folder(teacher, key, seed)
+    if walk is not None:
+        check_memory(teacher, train, memory, say)
+        kinds = [name for name in kinds if name != "share"]  # to look at others' caches reads their weights again
+    spill = KeptSpill(walk, "plan") if walk is not None else None
+    found = found_candidates(teacher, lambda: train, key, kinds, context, min(longest, context), shown, spill)
     candidates, left_out = _candidates(teacher.matched, context, min(longest, context), wishes, ways, found)
-    scores = planner_scores(teacher, lambda: train, key, candidates, shown, seed)
+    scores = planner_scores(teacher, lambda: train, key, candidates, shown, seed, walk)
+    if walk is not None:
+        shutil.rmtree(walk, ignore_errors=True)
     pins = {site: candidate(mixer, options, context, longest) for site, (mixer, options) in wishes.pins.items()}
     return Planner(
         teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head, ways, left_out
@@ -98,10 +113,22 @@ def raised(program: Program) -> Program:
     return program if done else run_pipeline(program, [RaiseAttention()])
 
 
+def _walk_folder(teacher: Program, data_key: str, seed: int) -> Path | None:
+    """Where the walk through a model that stays on disk keeps what crosses its cuts; None for one in memory."""
+    if teacher.weights is None:
+        return None
+    return cache_folder("planner") / f"{hash_of(model_key(teacher), data_key, f'walk {seed}')}.walk"
+
+
 def _rows(
     teacher: Program, data: Iterable[Tensor] | None, tokens: int, length: int, seed: int, progress: Progress
 ) -> list[Tensor]:
     """[1, T] each: what scores are measured on, and as much again that is held out."""
+    if data is None and teacher.weights is not None:
+        raise DataError(
+            "a model that stays on disk is not sampled: every token would read all of its weights; give text to score "
+            "on (--data FILE, or data=...)"
+        )
     if data is None:
         batches = sample_teacher(teacher, 2 * tokens, length, seed, progress)
     else:

@@ -25,7 +25,7 @@ from linearize.planner.exports import check_states
 from linearize.planner.scores import Scores, prepared
 from linearize.planner.sharing import Link, solve_linked
 from linearize.planner.solver import Option
-from linearize.planner.student import Student, divergence
+from linearize.planner.student import Student, losses_of, losses_streamed
 from linearize.planner.target import Target
 from linearize.program import Program
 from linearize.spec import Site
@@ -291,6 +291,7 @@ class Planner:
             predicted_loss=self.predicted(assignment), measured_loss=loss,
             predicted_seconds=self.seconds_of(entries), source_seconds=source_seconds,
             exports=tuple(way.name for way in self.ways) or None,
+            estimate="second order" if self.scores.second_order else None,
         )  # fmt: skip
         learning = any(learns(entry) for entry in entries)
         return Plan(recipe="plan", figures=figures, fit=PREPARE if learning else NOTHING, entries=tuple(entries))
@@ -308,15 +309,9 @@ def measured_rows(
         for entry in (one for plan in plans for one in plan if one.site == site.index and one.mixer != "keep"):
             if (site.index, entry.label()) not in made:
                 made[site.index, entry.label()] = prepared(stream, site, entry.mixer, entry.options)
-    student = Student(teacher)
-    losses: list[list[float]] = [[] for _ in plans]
-    for ids in held:
-        expected = student.logits(ids, {})
-        for found, plan in zip(losses, plans, strict=True):
-            mixers = {entry.site: made[entry.site, entry.label()] for entry in plan if entry.mixer != "keep"}
-            total = divergence(expected, student.logits(ids, mixers)) if mixers else 0.0
-            found.append(max(total, 0.0) / ids.numel())
-    return losses
+    used = [{e.site: made[e.site, e.label()] for e in plan if e.mixer != "keep"} for plan in plans]
+    measure = losses_streamed if teacher.weights is not None else losses_of
+    return measure(Student(teacher), held, used)
 
 
 def measured(

@@ -62,10 +62,11 @@ Table = dict[int, dict[str, Scored]]  # site -> Candidate.measured_as -> what wa
 
 @dataclass(frozen=True)
 class Scores:
-    """All that a plan is predicted from. `tokens` were measured on."""
+    """All that a plan is predicted from. `tokens` were measured on; `second_order`: losses are the estimate of it."""
 
     table: Table
     tokens: int
+    second_order: bool = False
 
 
 def planner_scores(
@@ -75,14 +76,16 @@ def planner_scores(
     candidates: Mapping[int, Sequence[Candidate]],
     progress: Progress,
     seed: int = 0,
+    walk: Path | None = None,
 ) -> Scores:
-    """`candidates` by site; `data` gives batches int64 [B, T] and is asked only for what the cache does not know.
+    """`candidates` by site; `data` gives batches int64 [B, T] and is asked only for what the cache does not know. Of a
+    model that stays on disk losses are taken to second order (`streamed`), and `walk` keeps what the walk needs.
 
     Raises:
         RecipeError: the model has no weights.
     """
-    if teacher.device.type == "meta":
-        raise RecipeError("a plan needs scores, and scores need weights in memory: this model has none there")
+    if teacher.valueless:
+        raise RecipeError("a plan needs scores, and scores need weights: this model has none")
     model = model_key(teacher)
     files = {
         site.index: cache_folder("planner") / f"{hash_of(model, data_key, f'site {site.index} seed {seed}')}.json"
@@ -95,16 +98,33 @@ def planner_scores(
     }
     tokens = max((one.tokens for one in known.values()), default=0)
     if any(missing.values()):
-        tokens = _measure(teacher, data(), missing, known, files, progress, seed)
-    return Scores({site: one.table.get(site, {}) for site, one in known.items()}, tokens)
+        batches = data()
+        tokens = sum(batch.numel() for batch in batches)
+
+        def keep(site: Site, one: Candidate, found: Scored) -> None:
+            rows = known[site.index].table.setdefault(site.index, {})
+            rows[one.measured_as] = found
+            _write(files[site.index], rows, site.index, tokens)
+
+        if teacher.weights is None:
+            _measure(teacher, batches, missing, keep, progress, seed)
+        else:
+            from linearize.planner.streamed import score_streamed
+
+            score_streamed(teacher, batches, missing, keep, walk, progress, seed)
+    table = {site: one.table.get(site, {}) for site, one in known.items()}
+    return Scores(table, tokens, second_order=teacher.weights is not None)
 
 
 def _measure(
-    teacher: Program, batches: Sequence[Tensor], missing: Mapping[int, Sequence[Candidate]],
-    known: Mapping[int, Scores], files: Mapping[int, Path], progress: Progress, seed: int,
-) -> int:  # fmt: skip
+    teacher: Program,
+    batches: Sequence[Tensor],
+    missing: Mapping[int, Sequence[Candidate]],
+    keep: Callable[[Site, Candidate, Scored], None],
+    progress: Progress,
+    seed: int,
+) -> None:
     stream = TeacherStream(teacher, list(batches))
-    tokens = sum(batch.numel() for batch in batches)
     with torch.no_grad():
         for site in progress.track(stream.walk(teacher.matched), "scoring sites", total=len(teacher.matched)):
             wanted = missing.get(site.index, ())
@@ -112,10 +132,8 @@ def _measure(
                 continue
             bench = SiteBench(stream, site, seed)
             for one in wanted:
-                known[site.index].table.setdefault(site.index, {})[one.measured_as] = bench.score(one)
-                _write(files[site.index], known[site.index].table[site.index], site.index, tokens)
+                keep(site, one, bench.score(one))
                 progress.note(f"site {site.index} {one.mixer}")
-    return tokens
 
 
 class SiteBench:
@@ -150,7 +168,7 @@ class SiteBench:
 
 def prepared(stream: TeacherStream, site: Site, mixer: str, options: dict[str, Any]) -> Mixer:
     """A mixer with what is found without gradients, on the first `PREPARED_ON` tokens of the first batch's rows."""
-    made = build_mixer(mixer, site.attention, options).to(stream.program.device)
+    made = build_mixer(mixer, site.attention, options).to(stream.program.place)
     if made.fits:
         inputs, target = stream.site_values(site, made.needs, 0)
         made.prepare([value[..., :PREPARED_ON, :] for value in inputs], target[..., :PREPARED_ON, :])

@@ -36,16 +36,20 @@ def gradients(stream: TeacherStream, site: Site, batch: int, samples: int, seed:
     start = stream.values([core.name], batch)[0].detach().requires_grad_()
     with torch.enable_grad():
         logits = _run(program, behind, core, output, {**values, core: start})
-        logs = logits.float().log_softmax(-1)
+        draws = drawn_likelihood(logits, samples, seed, batch)
+    return torch.stack([torch.autograd.grad(total, start, retain_graph=True)[0] for total in draws])
+
+
+def drawn_likelihood(logits: Tensor, samples: int, seed: int, batch: int) -> list[Tensor]:
+    """sum_t log p_t(x_t) of each sample, x_t drawn from p_t; logits [B, T, V] with gradients."""
+    logs = logits.float().log_softmax(-1)
     probabilities = logs.detach().exp().flatten(0, 1)
     found = []
     for sample in range(samples):
         generator = torch.Generator(device=logs.device).manual_seed((seed * 1009 + batch) * 1009 + sample)
         drawn = torch.multinomial(probabilities, 1, generator=generator).view(*logs.shape[:2], 1)
-        with torch.enable_grad():
-            total = logs.gather(-1, drawn).sum()
-        found.append(torch.autograd.grad(total, start, retain_graph=sample + 1 < samples)[0])
-    return torch.stack(found)
+        found.append(logs.gather(-1, drawn).sum())
+    return found
 
 
 def _run(

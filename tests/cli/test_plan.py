@@ -48,6 +48,20 @@ def test_what_an_export_does_not_take_is_left_out_and_named(run: Run, llama_dir:
     assert_one_error(result, "site 1 (model.layers.1.self_attn): the pin is refused by an export that is wished for")
 
 
+def test_a_model_that_stays_on_disk_is_planned_from_its_directory(run: Run, llama_dir: Path, tmp_path: Path) -> None:
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text("def main():\n    return 0\n" * 40)
+    result = run("plan", llama_dir, *FAST, "--streaming", "--data", text, "--budget", "50%", "-o", plan)
+    assert result.exit_code == 0, result.output
+    assert "scoring block by block needs about" in result.stderr
+    assert "to second order, from gradients" in " ".join(result.stdout.split())
+    figures = Plan.load(plan).figures
+    assert figures is not None
+    assert (figures.estimate, figures.measured_loss is None) == ("second order", False)
+    assert_one_error(run("plan", llama_dir, *FAST, "--streaming"), "stays on disk is not sampled")
+    assert_one_error(run("plan", llama_dir, *FAST, "--memory", "much"), "is no amount of memory")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
