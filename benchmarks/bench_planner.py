@@ -34,8 +34,9 @@ from linearize.planner.candidates import candidate
 from linearize.planner.choices import entry_of
 from linearize.planner.costs import state_bytes
 from linearize.planner.make import make_planner
+from linearize.planner.measuring import measured_rows
 from linearize.planner.pareto import bytes_of_entries, recipe_entries, scored_entries, site_recipes
-from linearize.planner.planning import Budget, Planner, measured_rows
+from linearize.planner.planning import Budget, Planner
 from linearize.planner.target import H200
 from linearize.progress import Progress
 from linearize.recipe import Recipe, Score

@@ -71,6 +71,8 @@ class PlanFigures(BaseModel):
     measured_loss: float | None = None
     predicted_seconds: float | None = None
     source_seconds: float | None = None
+    weight_bytes: int | None = None
+    source_weight_bytes: int | None = None
     exports: tuple[str, ...] | None = None
     estimate: Literal["second order"] | None = None
 

@@ -44,6 +44,15 @@ class Blocks:
         """Bytes that cross it, for `batch` rows of `length` tokens."""
         return sum(self._bytes(node, batch, length) for node in self.crossing[cut])
 
+    def ends(self, cut: int) -> list[fx.Node]:
+        """What crosses the next cut; the logits, where there is none."""
+        last: fx.Node = self.output.args[0]  # type: ignore[assignment]
+        return [last] if cut + 1 == len(self.crossing) else self.crossing[cut + 1]
+
+    def inside(self, cut: int) -> set[fx.Node]:
+        """All that is computed or read behind a cut up to the next, or to the logits."""
+        return cone(self.ends(cut), self.crossing[cut])
+
     def parameters(self, cut: int) -> set[str]:
         """Names of the parameters that are read behind a cut, up to the next cut and the site in between."""
         targets = list(self.crossing[cut + 1]) if cut + 1 < len(self.crossing) else []

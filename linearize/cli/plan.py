@@ -42,6 +42,14 @@ def plan_model(
     add: Annotated[
         list[str] | None, typer.Option(metavar="MIXER{...}", help="A further candidate: citrus{keep=256}. Repeatable.")
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="BUDGET",
+            help="Of weights: 80% of the source's bytes, 3GiB. They become products of two thin ones (SVD-LLM).",
+            show_default=False,
+        ),
+    ] = "",
     exports: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,9 +95,11 @@ def plan_model(
         raise LinearizeError(f"--pareto draws .svg or .html, not {pareto.name}")
     wanted = parse_context(context)
     parse_budget(budget, 1)
+    if weights:
+        parse_budget(weights, 1)
     extra = tuple(parse_mixer(text) for text in add or ())
     pins = dict(parse_pin(text) for text in pin or ())
-    wishes = Wishes(pins, tuple(never or ()), tuple(use or ()), extra, heads, tuple(exports or ()))
+    wishes = Wishes(pins, tuple(never or ()), tuple(use or ()), extra, heads, tuple(exports or ()), weights)
     check_names(wishes)
     most = parse_bytes(memory) if memory is not None else None
     directory = streamed_directory(model, streaming, most)
@@ -200,6 +210,10 @@ def show(plan: Plan) -> None:
         if figures.source_seconds:
             speed += f", the source {1e3 * figures.source_seconds:.3g} ms"
         lines.append(speed)
+    if figures.weight_bytes is not None and figures.source_weight_bytes is not None:
+        share = figures.weight_bytes / figures.source_weight_bytes
+        lines.append(f"weights {bytes_text(figures.weight_bytes)} of {bytes_text(figures.source_weight_bytes)} "
+                     f"({share:.1%}), {len(plan.low_rank)} of them products of two")  # fmt: skip
     console.print(printing.notes(lines))
 
 

@@ -19,10 +19,13 @@ from linearize.export.ways import Way
 from linearize.mixers.share import sharing_problem
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
+from linearize.planner.budgets import parse_budget
 from linearize.planner.candidates import Candidate, candidate, default_candidates
+from linearize.planner.costs import base_cost
 from linearize.planner.exports import check_model, taken, ways_of
 from linearize.planner.found import FOUND, found_candidates
 from linearize.planner.planning import Planner
+from linearize.planner.ranks import Ranks, choose, rank_scores
 from linearize.planner.scores import planner_scores
 from linearize.planner.streamed import KeptSpill
 from linearize.planner.streamed_memory import check_memory
@@ -39,7 +42,8 @@ LONGEST = 1024  # of a row that scores are measured on, unless the data has long
 class Wishes:
     """What the user wants of a plan beside its budget. `pins`: by site, a mixer with options; `never`: mixers that no
     site becomes; `mixers`: those that may be used at all, () for all; `extra`: further candidates, with options;
-    `exports`: ways of exporting (`linearize.export.ways`) that must all take the plan."""
+    `exports`: ways of exporting (`linearize.export.ways`) that must all take the plan; `weights`: a budget of weight
+    bytes (`80%` of the source's, `3GiB`) that weights of low rank keep to, '' leaves weights as they are."""
 
     pins: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     never: tuple[str, ...] = ()
@@ -47,6 +51,7 @@ class Wishes:
     extra: tuple[tuple[str, dict[str, Any]], ...] = ()
     by_head: bool = True
     exports: tuple[str, ...] = ()
+    weights: str = ""
 
     def wants(self, mixer: str) -> bool:
         """Whether it is among those that sites may become without being asked for."""
@@ -104,8 +109,20 @@ def make_planner(
         shutil.rmtree(walk, ignore_errors=True)
     pins = {site: candidate(mixer, options, context, longest) for site, (mixer, options) in wishes.pins.items()}
     return Planner(
-        teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head, ways, left_out
-    )
+        teacher, context, batch, candidates, scores, target, train, held, pins, wishes.by_head, ways, left_out,
+        _ranks(teacher, wishes, train, key, shown),
+    )  # fmt: skip
+
+
+def _ranks(teacher: Program, wishes: Wishes, rows: Sequence[Tensor], key: str, progress: Progress) -> list[Ranks]:
+    """Of every block, within the wished bytes of weights."""
+    if not wishes.weights:
+        return []
+    source = base_cost(teacher).weight_bytes
+    limit = parse_budget(wishes.weights, source)
+    if limit.seconds:
+        raise RecipeError(f"weights take bytes, not {wishes.weights!r}; write 80% or 3GiB")
+    return choose(teacher, rank_scores(teacher, lambda: rows, key, progress), limit.limit, source)
 
 
 def raised(program: Program) -> Program:

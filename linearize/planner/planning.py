@@ -10,22 +10,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from linearize.calibration.teacher import TeacherStream
 from linearize.errors import RecipeError
 from linearize.export.ways import Way
-from linearize.mixers import Mixer
-from linearize.plan import Fit, Plan, PlanEntry, PlanFigures
+from linearize.plan import Fit, LowRankEntry, Plan, PlanEntry, PlanFigures
 from linearize.planner.candidates import Candidate
 from linearize.planner.choices import Choice, Known, entry_of, known_candidates, site_options
 from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
 from linearize.planner.exports import check_states
-from linearize.planner.scores import Scores, prepared
+from linearize.planner.measuring import measured
+from linearize.planner.ranks import Ranks, saved_calls, weight_bytes
+from linearize.planner.scores import Scores
 from linearize.planner.sharing import Link, solve_linked
 from linearize.planner.solver import Option
-from linearize.planner.student import Student, losses_of, losses_streamed
 from linearize.planner.target import Target
 from linearize.program import Program
 from linearize.spec import Site
@@ -51,7 +49,7 @@ class Budget:
 class Planner:
     """All that is known of one model at one context. Scores were measured on `train`, plans are on `held`; `pins` maps
     sites to what they must become; `ways` are exports that take all candidates, and `left_out` says by reason which
-    mixers they do not take."""
+    mixers they do not take; `ranks` is what weights become, whatever the sites do."""
 
     teacher: Program
     context: int
@@ -65,6 +63,7 @@ class Planner:
     by_head: bool = True
     ways: Sequence[Way] = ()
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ranks: Sequence[Ranks] = ()
 
     def __post_init__(self) -> None:
         self._measured: dict[tuple[tuple[int, Choice], ...], float] = {}
@@ -108,12 +107,23 @@ class Planner:
     def seconds_of(self, entries: Sequence[PlanEntry]) -> float:
         """Predicted, of one decoded token."""
         calls = decode_calls(self.base, self.teacher.matched, entries, self.context, self.batch)
-        return self.target.seconds(calls)
+        return self.target.seconds(calls) + self._rank_seconds
+
+    @cached_property
+    def low_rank(self) -> tuple[LowRankEntry, ...]:
+        return tuple(entry for one in self.ranks for entry in one.entries)
+
+    @cached_property
+    def _rank_seconds(self) -> float:
+        """What the ranks add to a decoded token: below 0 where they save."""
+        gone, come = saved_calls(self.teacher, self.low_rank)
+        return self.target.seconds(come, within=self.base.calls) - self.target.seconds(gone, within=self.base.calls)
 
     # ---- predicted loss ----------------------------------------------------------------------------------------------
 
     def predicted(self, assignment: Assignment) -> float:
-        return sum(self._site_loss(site, assignment[site.index]) for site in self.teacher.matched)
+        by_site = sum(self._site_loss(site, assignment[site.index]) for site in self.teacher.matched)
+        return by_site + sum(one.loss for one in self.ranks)
 
     def _site_loss(self, site: Site, choice: Choice) -> float:
         known = {one.candidate: one for one in self.known[site.index]}
@@ -179,7 +189,9 @@ class Planner:
 
     def _fixed(self, budget: Budget) -> float:
         """What is spent whatever the sites become."""
-        return self.target.seconds(self.base.calls) if budget.seconds else float(self.base.state_bytes)
+        if not budget.seconds:
+            return float(self.base.state_bytes)
+        return self.target.seconds(self.base.calls) + self._rank_seconds
 
     def _too_small(self, budget: Budget) -> str:
         items = [self.frontier(site, budget.seconds) for site in self.teacher.matched]
@@ -254,7 +266,8 @@ class Planner:
         """KL on the held-out rows of each, in nats a token; each is measured once."""
         wanted = [one for one in _distinct(assignments) if _key(one) not in self._measured]
         if wanted:
-            losses = measured(self.teacher, self.train, self.held, [self.entries(one, scored=True) for one in wanted])
+            losses = measured(self.teacher, self.train, self.held, [self.entries(one, scored=True) for one in wanted],
+                              self.low_rank)  # fmt: skip
             self._measured |= {_key(one): loss for one, loss in zip(wanted, losses, strict=True)}
         return [self._measured[_key(one)] for one in assignments]
 
@@ -291,34 +304,13 @@ class Planner:
             predicted_loss=self.predicted(assignment), measured_loss=loss,
             predicted_seconds=self.seconds_of(entries), source_seconds=source_seconds,
             exports=tuple(way.name for way in self.ways) or None,
+            weight_bytes=self.base.weight_bytes + weight_bytes(self.teacher, self.low_rank) if self.low_rank else None,
+            source_weight_bytes=self.base.weight_bytes if self.low_rank else None,
             estimate="second order" if self.scores.second_order else None,
         )  # fmt: skip
         learning = any(learns(entry) for entry in entries)
-        return Plan(recipe="plan", figures=figures, fit=PREPARE if learning else NOTHING, entries=tuple(entries))
-
-
-@torch.no_grad()
-def measured_rows(
-    teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]]
-) -> list[list[float]]:
-    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers prepared on the first of
-    `train`. The teacher's own distribution is computed once a batch, and each mixer is made once for all plans."""
-    stream = TeacherStream(teacher, list(train[:1]))
-    made: dict[tuple[int, str], Mixer] = {}
-    for site in stream.walk(teacher.matched):
-        for entry in (one for plan in plans for one in plan if one.site == site.index and one.mixer != "keep"):
-            if (site.index, entry.label()) not in made:
-                made[site.index, entry.label()] = prepared(stream, site, entry.mixer, entry.options)
-    used = [{e.site: made[e.site, e.label()] for e in plan if e.mixer != "keep"} for plan in plans]
-    measure = losses_streamed if teacher.weights is not None else losses_of
-    return measure(Student(teacher), held, used)
-
-
-def measured(
-    teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]]
-) -> list[float]:
-    """The means over rows of equal length."""
-    return [sum(rows) / len(rows) for rows in measured_rows(teacher, train, held, plans)]
+        return Plan(recipe="plan", figures=figures, fit=PREPARE if learning else NOTHING, entries=tuple(entries),
+                    low_rank=self.low_rank)  # fmt: skip
 
 
 def learns(entry: PlanEntry) -> bool:

@@ -24,7 +24,6 @@ from linearize.errors import DataError
 from linearize.planner.scores import SAMPLES
 from linearize.printing import bytes_text
 from linearize.program import Program
-from linearize.rewriting.walk import cone
 from linearize.tensorfile import bytes_of
 
 WIDE = 4  # bytes of a number of logits, scores and gradients
@@ -88,21 +87,15 @@ def needed(teacher: Program, batches: Sequence[Tensor]) -> Needed:
     return Needed(memory, (sum(crossing) + 2 * SAMPLES * max(crossing)) * len(batches), max(weights))
 
 
-def _ends(blocks: Blocks, cut: int) -> list[object]:
-    last = cut + 1 == len(blocks.crossing)
-    return [blocks.output.args[0]] if last else list(blocks.crossing[cut + 1])
-
-
 def _read_behind(blocks: Blocks, cut: int) -> set[str]:
     """Names of the parameters that a block reads; the last one with the output projection."""
-    found = cone(_ends(blocks, cut), blocks.crossing[cut])  # type: ignore[arg-type]
-    return {str(node.target) for node in found if node.op == "get_attr"}
+    return {str(node.target) for node in blocks.inside(cut) if node.op == "get_attr"}
 
 
 def _made_behind(blocks: Blocks, cut: int, rows: int, length: int) -> int:
     """Bytes of every tensor that a block makes, as what gradients read stays."""
     total = 0
-    for node in cone(_ends(blocks, cut), blocks.crossing[cut]):  # type: ignore[arg-type]
+    for node in blocks.inside(cut):
         value = node.meta.get("val")
         if node.op != "get_attr" and isinstance(value, Tensor):
             total += bytes_of(value.dtype, shape_at(blocks.program, node, rows, length))

@@ -31,9 +31,11 @@ class Student:
         self._crossing = {site.index: crossing(program, self._nodes[site.nodes.core]) for site in program.matched}
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, mixers: Mapping[int, Mixer]) -> Tensor:
-        """[B, T, V] for token ids int64 [B, T]."""
-        run = Run(self, ids, mixers)
+    def logits(
+        self, ids: Tensor, mixers: Mapping[int, Mixer], weights: Mapping[fx.Node, Tensor] | None = None
+    ) -> Tensor:
+        """[B, T, V] for token ids int64 [B, T]; `weights` stand in the place of those that nodes read."""
+        run = Run(self, ids, mixers, weights)
         for site in self.program.matched:
             run.advance(site)
         return run.logits()
@@ -63,9 +65,12 @@ class Student:
 class Run:
     """One plan on one batch, from site to site."""
 
-    def __init__(self, student: Student, ids: Tensor, mixers: Mapping[int, Mixer]) -> None:
+    def __init__(
+        self, student: Student, ids: Tensor, mixers: Mapping[int, Mixer],
+        weights: Mapping[fx.Node, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.student, self.module, self.mixers = student, student.program.module, mixers
-        self._base = _inputs(student.program, ids.to(student.program.place))
+        self._base = _inputs(student.program, ids.to(student.program.place)) | dict(weights or {})
         self._given: dict[fx.Node, Any] = dict(self._base)
         self._lent = {need for mixer in mixers.values() for need in mixer.needs if "@" in need}
 
@@ -114,13 +119,16 @@ def divergence(teacher: Tensor, student: Tensor) -> float:
 Plans = Sequence[Mapping[int, Mixer]]
 
 
-def losses_of(student: Student, batches: Sequence[Tensor], plans: Plans) -> list[list[float]]:
-    """[plan][batch]: mean KL(teacher || plan) in nats a token, one run at a time."""
+def losses_of(
+    student: Student, batches: Sequence[Tensor], plans: Plans, weights: Mapping[fx.Node, Tensor] | None = None
+) -> list[list[float]]:
+    """[plan][batch]: mean KL(teacher || plan) in nats a token, one run at a time; `weights` are every plan's."""
     losses: list[list[float]] = [[] for _ in plans]
     for ids in batches:
         expected = student.logits(ids, {})
         for found, mixers in zip(losses, plans, strict=True):
-            total = divergence(expected, student.logits(ids, mixers)) if mixers else 0.0
+            changed = mixers or weights
+            total = divergence(expected, student.logits(ids, mixers, weights)) if changed else 0.0
             found.append(max(total, 0.0) / ids.numel())
     return losses
 

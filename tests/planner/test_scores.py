@@ -15,7 +15,7 @@ from linearize.pipeline import run_pipeline
 from linearize.plan import PlanEntry
 from linearize.planner import scores as scores_module
 from linearize.planner.candidates import Candidate, candidate, default_candidates
-from linearize.planner.planning import measured
+from linearize.planner.measuring import measured
 from linearize.planner.scores import Scores, planner_scores
 from linearize.planner.sensitivity import gradients, quadratic
 from linearize.planner.student import Student, divergence
