@@ -18,7 +18,7 @@ from linearize.errors import RecipeError
 from linearize.mixers import Mixer
 from linearize.plan import Fit, Plan, PlanEntry, PlanFigures
 from linearize.planner.candidates import Candidate
-from linearize.planner.choices import Choice, Known, entry_of, known_candidates, site_options
+from linearize.planner.choices import Choice, Known, entry_of, known_candidates, mixture_loss, site_options
 from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
 from linearize.planner.scores import Scores, prepared
 from linearize.planner.solver import Option, solve
@@ -108,10 +108,7 @@ class Planner:
         return sum(self._site_loss(site, assignment[site.index]) for site in self.teacher.matched)
 
     def _site_loss(self, site: Site, choice: Choice) -> float:
-        known = {one.candidate: one for one in self.known[site.index]}
-        if len(set(choice)) == 1:
-            return known[choice[0]].loss
-        return sum(known[one].by_head[head] for head, one in enumerate(choice))
+        return mixture_loss({one.candidate: one for one in self.known[site.index]}, choice)
 
     def frontier(self, site: Site, seconds: bool = False) -> list[Option]:
         """What the site can be, cheapest first, each losing less than the one before."""
@@ -236,9 +233,9 @@ class Planner:
 def measured_rows(
     teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]]
 ) -> list[list[float]]:
-    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers prepared on the first of
-    `train`. The teacher's own distribution is computed once a batch, and each mixer is made once for all plans."""
-    stream = TeacherStream(teacher, list(train[:1]))
+    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers prepared on `train`. The
+    teacher's own distribution is computed once a batch, and each mixer is made once for all plans."""
+    stream = TeacherStream(teacher, list(train))
     made: dict[tuple[int, str], Mixer] = {}
     for site in stream.walk(teacher.matched):
         for entry in (one for plan in plans for one in plan if one.site == site.index and one.mixer != "keep"):

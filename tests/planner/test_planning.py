@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from linearize.errors import RecipeError
@@ -124,13 +125,15 @@ def test_heads_that_differ_become_a_mixture() -> None:
 
 def test_sizes_between_two_are_interpolated() -> None:
     low, high = (
-        Known(Candidate("slots", (("slots", size), ("window", 4)), (("slots", size),)), loss, (loss, 0.0))
-        for size, loss in ((16, 0.4), (256, 0.1))
+        Known(Candidate("slots", (("slots", size), ("window", 4)), (("slots", size),)), loss, np.array(effects))
+        for size, loss, effects in ((16, 0.4, [[8.0, 0.0], [0.0, 1.0]]), (256, 0.1, [[2.0, 0.0], [4.0, 0.0]]))
     )
-    made = between([low, Known(Candidate("keep"), 0.0, (0.0, 0.0)), high])
+    made = between([low, Known(Candidate("keep"), 0.0, np.zeros((2, 2))), high])
     assert [dict(one.candidate.options)["slots"] for one in made] == [32, 64, 128]
     assert made[1].loss == pytest.approx(0.2)
     assert dict(made[1].candidate.options)["window"] == 4
+    half = 2**0.5
+    np.testing.assert_allclose(made[1].effects, [[4.0, 0.0], [half, half]])  # lengths 4 and 2, directions half-way
 
 
 def test_a_sliding_window_of_the_source_is_exact_and_nothing_looks_further(make: Callable[..., Planner]) -> None:
