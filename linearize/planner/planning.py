@@ -6,7 +6,7 @@ compiled with every attention kept. Plans that were measured are compared on row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +29,7 @@ from linearize.spec import Site
 
 PREPARE = Fit(tokens=4096, length=512, batch=4, passes=0)
 NOTHING = Fit(tokens=0)
+NEIGHBOURS = 64
 CLOSE = 1.5  # plans of at most so many times the solution's predicted loss are worth a measurement
 
 Assignment = Mapping[int, Choice]  # by site
@@ -143,25 +144,25 @@ class Planner:
 
     def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
         """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, and
-        plans with one candidate everywhere; the most promising first."""
-        sites = self.teacher.matched
-        items = {site.index: self.frontier(site, budget.seconds) for site in sites}
+        plans with one candidate everywhere; the most promising first, `NEIGHBOURS` of them."""
+        items = {site.index: self.frontier(site, budget.seconds) for site in self.teacher.matched}
         place = {index: _place(items[index], start[index]) for index in items}
-        found: list[Assignment] = [start]
-        for up in items:
-            for steps in range(1, 4):
-                risen = place[up] + steps
-                if risen >= len(items[up]):
-                    break
-                changed = {**start, up: items[up][risen].choice}
-                found.append(changed)
-                for down in items:
-                    lowered = [at for at in range(place[down] - 1, -1, -1) if down != up]
-                    found += [{**changed, down: items[down][at].choice} for at in lowered[:6]]
-        found += self.uniform()
-        limit = CLOSE * self.predicted(start) + 1e-6
-        fitting = [one for one in found if self.cost(one, budget) <= budget.limit and self.predicted(one) <= limit]
-        return sorted(_distinct(fitting), key=self.predicted)
+        lost = {index: [one.loss - items[index][place[index]].loss for one in items[index]] for index in items}
+        spent = {index: [one.cost - items[index][place[index]].cost for one in items[index]] for index in items}
+        room, base = budget.limit - self.cost(start, budget), self.predicted(start)
+        limit = (CLOSE - 1) * base + 1e-6
+        near = [
+            (sum(lost[index][at] for index, at in moves), moves) for moves in _moves(place, items)
+            if sum(spent[index][at] for index, at in moves) <= room + 1e-9 * budget.limit
+        ]  # fmt: skip
+        close = sorted((one for one in near if one[0] <= limit), key=lambda one: one[0])[:NEIGHBOURS]
+        found = [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in close]
+        found = _distinct([start, *found, *self.uniform()])
+        losses = {_key(one): self.predicted(one) for one in found}
+        fitting = [
+            one for one in found if losses[_key(one)] <= base + limit and self.cost(one, budget) <= budget.limit
+        ]
+        return sorted(fitting, key=lambda one: losses[_key(one)])[:NEIGHBOURS]
 
     def uniform(self) -> list[Assignment]:
         """One candidate at every site, for all that every site can take; pinned sites as pinned."""
@@ -270,6 +271,17 @@ def learns(entry: PlanEntry) -> bool:
 
 def _place(options: Sequence[Option], choice: Choice) -> int:
     return next((at for at, option in enumerate(options) if option.choice == choice), 0)
+
+
+def _moves(place: Mapping[int, int], items: Mapping[int, Sequence[Option]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """(site, place on its frontier) of what changes: up to three steps up at one site, alone or with up to six steps
+    down at another."""
+    for up, at in place.items():
+        for risen in range(at + 1, min(at + 4, len(items[up]))):
+            yield ((up, risen),)
+            for down, other in place.items():
+                if down != up:
+                    yield from (((up, risen), (down, lower)) for lower in range(other - 1, max(other - 7, -1), -1))
 
 
 def _key(assignment: Assignment) -> tuple[tuple[int, Choice], ...]:
