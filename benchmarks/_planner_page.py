@@ -26,6 +26,7 @@ def write_page(known: dict[str, Any], folder: Path) -> None:
         others = [Mark(key, row["bytes"], row["loss"]) for key, row in found["recipes"].items()]
         file.write_text(drawn(marks, others, found["source_bytes"], f"{name}: loss by state") + "\n")
         parts += [model_page(name, found, file.name)]
+        parts += [long_page(known["long"])] if name == "demo" and known.get("long") else []
     if known.get("speed"):
         parts += [speed_page(known["speed"])]
     (folder / "planner-figures.md").write_text("\n\n".join(parts) + "\n")
@@ -63,6 +64,15 @@ def ranks(plans: Sequence[dict[str, Any]]) -> str:
     kinds = (slice(None), slice(0, None, 2), slice(1, None, 2))
     rank, whole, heads = (ranked(plans[part]) for part in kinds)
     return f"{rank:.3f} over {len(plans)} ({whole:.3f} with one mixer a site, {heads:.3f} with heads that differ)"
+
+
+def long_page(rows: list[dict[str, Any]]) -> str:
+    lines = [(f"{row['budget']:.0%}", figure(row["predicted"]), figure(row["loss"])) for row in rows]
+    table = Figure("The same plans on rows as long as their context", ("budget", "predicted", "measured"), lines)
+    return f"""{table.markdown()}
+
+Predicted from scores on short rows with slots and long windows at the same number per token; measured on
+{rows[0]["tokens"]:,} tokens in rows of the whole context, with the sizes that the plan says."""
 
 
 def best_recipe(found: dict[str, Any], row: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_planner.py                      # all of it; goes on where it stopped
     python benchmarks/bench_planner.py --only demo          # one model again
+    python benchmarks/bench_planner.py --long               # the embedded model's plans on rows as long as the context
     python benchmarks/bench_planner.py --table              # only write the page from what was measured
 
 Writes docs/planner_figures.json after each step, docs/planner-figures.md and docs/planner-figures-MODEL.svg. Bytes are
@@ -46,6 +47,7 @@ CONTEXT = 4096
 BUDGETS = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
 MODELS = {"demo": 1024, "qwen3": 512, "gpt2": 512, "neox": 512}  # the length of its rows
 HELD_ROWS, TEST_ROWS, RANDOM, MEASUREMENTS = 2, 3, 50, 4
+LONG_ROWS = slice(3, 5)  # of CONTEXT tokens each, behind all rows above
 SEEDS = (0, 1)  # of random plans, RANDOM each
 
 # name of a family: its mixer, what is fixed, and the option that the budget decides
@@ -62,10 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*MODELS, "speed"], help="these, though they may be in the table")
     parser.add_argument("--recipes", nargs="+", choices=MODELS, help="measure the recipes of these models again")
+    parser.add_argument("--long", action="store_true", help="measure the embedded model's plans on rows of the context")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in () if arguments.table or arguments.recipes else arguments.only or [*MODELS, "speed"]:
+    chosen = arguments.table or arguments.recipes or arguments.long
+    for name in () if chosen else arguments.only or [*MODELS, "speed"]:
         known = remembered()
         if arguments.only or name not in {**known["models"], **known}:
             figures = speed_figures() if name == "speed" else figures_of(name)
@@ -77,6 +81,9 @@ def main() -> None:
         known = remembered()
         known["models"][name]["recipes"] = recipes
         remember(known)
+    if arguments.long or not (chosen or arguments.only or "long" in remembered()):
+        long = on_long_rows("demo")
+        remember(remembered() | {"long": long})
     write_page(remembered(), ROOT / "docs")
 
 
@@ -121,6 +128,22 @@ def figures_of(name: str) -> dict[str, Any]:
     found["single"] = single_sites(planner)
     found["seconds"] = time.process_time() - started
     return found
+
+
+def on_long_rows(name: str) -> list[dict[str, Any]]:
+    """The plan of every budget (of scores on short rows) on rows as long as its context, at the sizes that it says."""
+    bench = bench_of(name)
+    rows = rows_for(name, CONTEXT, LONG_ROWS.stop)[LONG_ROWS]
+    budgets = [Budget(share * bench.planner.source_bytes, text=f"{share:.0%}") for share in BUDGETS[:-1]]
+    plans = [bench.planner.best(budget, MEASUREMENTS) for budget in budgets]
+    losses = measured_rows(
+        bench.planner.teacher, bench.planner.train, rows, [bench.planner.entries(plan) for plan in plans]
+    )
+    return [
+        {"budget": share, "predicted": bench.planner.predicted(plan), "loss": statistics.fmean(found),
+         "tokens": CONTEXT * len(rows)}
+        for share, plan, found in zip(BUDGETS, plans, losses, strict=False)
+    ]  # fmt: skip
 
 
 class Bench:

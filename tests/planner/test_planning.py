@@ -16,7 +16,7 @@ from linearize.planner.candidates import Candidate
 from linearize.planner.choices import Known, between, entry_of
 from linearize.planner.make import Wishes, make_planner
 from linearize.planner.pareto import curve, drawn, recipe_marks
-from linearize.planner.planning import Budget, Planner
+from linearize.planner.planning import CLOSE, Budget, Planner
 from linearize.planner.target import H200
 from tests import zoo
 
@@ -73,6 +73,19 @@ def test_what_is_chosen_measured_no_worse_than_the_solution(make: Callable[..., 
     assert planner.bytes_of(best) <= budget.limit
     one, other = planner.measure([solution, best])
     assert other <= one
+
+
+def test_what_is_near_the_solution_fits_and_comes_most_promising_first(make: Callable[..., Planner]) -> None:
+    planner = make()
+    budget = Budget(0.3 * planner.source_bytes)
+    solution = planner.solve(budget)
+    near = planner.neighbours(solution, budget)
+    assert solution in near
+    assert len(near) == len({str(planner.entries(one)) for one in near}) > 3
+    assert all(planner.bytes_of(one) <= budget.limit for one in near)
+    losses = [planner.predicted(one) for one in near]
+    assert losses == sorted(losses)
+    assert losses[-1] <= CLOSE * planner.predicted(solution) + 1e-6
 
 
 def test_pins_and_what_is_ruled_out_are_kept_to(make: Callable[..., Planner]) -> None:
