@@ -91,6 +91,7 @@ def make_planner(
     wishes = wishes or Wishes()
     ways = ways_of(wishes.exports)
     check_model(teacher, ways)
+    check_pins(teacher.matched, context, wishes, ways)
     shown = Progress(progress)
     rows = _rows(teacher, data, tokens, length, seed, shown)
     train, held = _split(rows)
@@ -174,19 +175,33 @@ def _candidates(
     """(by site what it may become, {why: the mixers that are left out as some way of exporting does not take them})."""
     found, left_out = dict[int, list[Candidate]](), dict[str, list[str]]()
     for site in sites:
-        found[site.index], without = taken(
-            site, site_candidates(site, context, length, wishes, more.get(site.index, ()), sites), ways
-        )
+        wanted = site_candidates(site, context, length, wishes, more.get(site.index, ()), sites)
+        found[site.index], without = _exported(site, wanted, wishes, ways)
         for reason, mixers in without.items():
             left_out[reason] = list(dict.fromkeys([*left_out.get(reason, []), *mixers]))
-        if not found[site.index]:
-            what = "the pin" if site.index in wishes.pins else "every candidate"
-            names = ", ".join(way.name for way in ways)
-            raise RecipeError(
-                f"site {site.index} ({site.module}): {what} is refused by an export that is wished for ({names}): "
-                f"{next(iter(without))}; pin, use or add another mixer, or leave that export out"
-            )
     return found, {reason: tuple(mixers) for reason, mixers in left_out.items()}
+
+
+def _exported(
+    site: Site, wanted: Sequence[Candidate], wishes: Wishes, ways: Sequence[Way]
+) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """(what all ways take, {why not: mixers})."""
+    kept, without = taken(site, wanted, ways)
+    if kept:
+        return kept, without
+    what = "the pin" if site.index in wishes.pins else "every candidate"
+    names = ", ".join(way.name for way in ways)
+    raise RecipeError(
+        f"site {site.index} ({site.module}): {what} is refused by an export that is wished for ({names}): "
+        f"{next(iter(without))}; pin, use or add another mixer, or leave that export out"
+    )
+
+
+def check_pins(sites: Sequence[Site], context: int, wishes: Wishes, ways: Sequence[Way]) -> None:
+    """Raises RecipeError where a pin cannot be, before anything is sampled or measured."""
+    for site in sites:
+        if site.index in wishes.pins:
+            _exported(site, site_candidates(site, context, context, wishes, (), sites), wishes, ways)
 
 
 def site_candidates(

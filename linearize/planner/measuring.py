@@ -22,10 +22,10 @@ def measured_rows(
     teacher: Program, train: Sequence[Tensor], held: Sequence[Tensor], plans: Sequence[Sequence[PlanEntry]],
     low_rank: Sequence[LowRankEntry] = (),
 ) -> list[list[float]]:  # fmt: skip
-    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers prepared on the first of
-    `train`, and weights of low rank on all of it. The teacher's own distribution is computed once a batch, and each
-    mixer is made once for all plans."""
-    stream = TeacherStream(teacher, list(train[:1]))
+    """Mean KL(teacher || plan) in nats a token, of every plan on every batch of `held`, mixers and weights of low
+    rank prepared on `train`. The teacher's own distribution is computed once a batch, and each mixer is made once for
+    all plans."""
+    stream = TeacherStream(teacher, list(train))
     made: dict[tuple[int, str], Mixer] = {}
     for site in stream.walk(teacher.matched):
         for entry in (one for plan in plans for one in plan if one.site == site.index and one.mixer != "keep"):

@@ -6,7 +6,7 @@ compiled with every attention kept. Plans that were measured are compared on row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from linearize.errors import RecipeError
 from linearize.export.ways import Way
 from linearize.plan import Fit, LowRankEntry, Plan, PlanEntry, PlanFigures
 from linearize.planner.candidates import Candidate
-from linearize.planner.choices import Choice, Known, entry_of, known_candidates, site_options
+from linearize.planner.choices import Choice, Known, entry_of, known_candidates, mixture_loss, site_options
 from linearize.planner.costs import Base, base_cost, decode_calls, state_bytes
 from linearize.planner.exports import check_states
 from linearize.planner.measuring import measured
@@ -31,6 +31,7 @@ from linearize.spec import Site
 PREPARE = Fit(tokens=4096, length=512, batch=4, passes=0)
 NOTHING = Fit(tokens=0)
 KEEP = Candidate("keep")
+NEIGHBOURS = 64
 CLOSE = 1.5  # plans of at most so many times the solution's predicted loss are worth a measurement
 
 Assignment = Mapping[int, Choice]  # by site
@@ -126,10 +127,7 @@ class Planner:
         return by_site + sum(one.loss for one in self.ranks)
 
     def _site_loss(self, site: Site, choice: Choice) -> float:
-        known = {one.candidate: one for one in self.known[site.index]}
-        if len(set(choice)) == 1:
-            return known[choice[0]].loss
-        return sum(known[one].by_head[head] for head, one in enumerate(choice))
+        return mixture_loss({one.candidate: one for one in self.known[site.index]}, choice)
 
     def frontier(self, site: Site, seconds: bool = False) -> list[Option]:
         """What the site can be, cheapest first, each losing less than the one before."""
@@ -216,30 +214,29 @@ class Planner:
 
     def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
         """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, by
-        other shared caches, or by one candidate everywhere; the most promising first."""
+        other shared caches, or by one candidate everywhere; the most promising first, `NEIGHBOURS` of them."""
         bound = {site for site, choice in start.items() if choice[0].of is not None}
         bound |= {choice[0].of for choice in start.values() if choice[0].of is not None}
         free = [site for site in self.teacher.matched if site.index not in bound]
         items = {site.index: self.frontier(site, budget.seconds) for site in free}
         place = {index: _place(items[index], start[index]) for index in items}
-        found: list[Assignment] = [start]
-        for up in items:
-            for steps in range(1, 4):
-                risen = place[up] + steps
-                if risen >= len(items[up]):
-                    break
-                changed = {**start, up: items[up][risen].choice}
-                found.append(changed)
-                for down in items:
-                    lowered = [at for at in range(place[down] - 1, -1, -1) if down != up]
-                    found += [{**changed, down: items[down][at].choice} for at in lowered[:6]]
-        found += [*self.solutions(budget), *self.uniform()]
-        limit = CLOSE * self.predicted(start) + 1e-6
+        lost = {index: [one.loss - items[index][place[index]].loss for one in items[index]] for index in items}
+        spent = {index: [one.cost - items[index][place[index]].cost for one in items[index]] for index in items}
+        room, base = budget.limit - self.cost(start, budget), self.predicted(start)
+        limit = (CLOSE - 1) * base + 1e-6
+        near = [
+            (sum(lost[index][at] for index, at in moves), moves) for moves in _moves(place, items)
+            if sum(spent[index][at] for index, at in moves) <= room + 1e-9 * budget.limit
+        ]  # fmt: skip
+        close = sorted((one for one in near if one[0] <= limit), key=lambda one: one[0])[:NEIGHBOURS]
+        found = [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in close]
+        found = _distinct([start, *found, *self.solutions(budget)[:NEIGHBOURS], *self.uniform()])
+        losses = {_key(one): self.predicted(one) for one in found}
         fitting = [
             one for one in found
-            if self.cost(one, budget) <= budget.limit and self.predicted(one) <= limit and self.allowed(one)
+            if losses[_key(one)] <= base + limit and self.cost(one, budget) <= budget.limit and self.allowed(one)
         ]  # fmt: skip
-        return sorted(_distinct(fitting), key=self.predicted)
+        return sorted(fitting, key=lambda one: losses[_key(one)])[:NEIGHBOURS]
 
     def uniform(self) -> list[Assignment]:
         """One candidate at every site, for all that every site can take; pinned sites as pinned."""
@@ -324,6 +321,17 @@ def learns(entry: PlanEntry) -> bool:
 
 def _place(options: Sequence[Option], choice: Choice) -> int:
     return next((at for at, option in enumerate(options) if option.choice == choice), 0)
+
+
+def _moves(place: Mapping[int, int], items: Mapping[int, Sequence[Option]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """(site, place on its frontier) of what changes: up to three steps up at one site, alone or with up to six steps
+    down at another."""
+    for up, at in place.items():
+        for risen in range(at + 1, min(at + 4, len(items[up]))):
+            yield ((up, risen),)
+            for down, other in place.items():
+                if down != up:
+                    yield from (((up, risen), (down, lower)) for lower in range(other - 1, max(other - 7, -1), -1))
 
 
 def _key(assignment: Assignment) -> tuple[tuple[int, Choice], ...]:
