@@ -229,8 +229,8 @@ class Planner:
             if sum(spent[index][at] for index, at in moves) <= room + 1e-9 * budget.limit
         ]  # fmt: skip
         close = sorted((one for one in near if one[0] <= limit), key=lambda one: one[0])[:NEIGHBOURS]
-        found = [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in close]
-        found = _distinct([start, *found, *self.solutions(budget)[:NEIGHBOURS], *self.uniform()])
+        moved = [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in close]
+        found = _distinct([start, *moved, *self.solutions(budget)[:NEIGHBOURS], *self.uniform()])
         losses = {_key(one): self.predicted(one) for one in found}
         fitting = [
             one for one in found
