@@ -1,4 +1,4 @@
-"""Three models to plan: the embedded one, and two of other shapes that are trained here for a few minutes.
+"""Four models to plan: the embedded one, and three of other shapes that are trained here for a few minutes.
 
 The text is the standard library without the files that the embedded model is measured on, read with its tokenizer; in
 every fourth row a segment repeats, so that the models learn to look far back.
@@ -23,7 +23,8 @@ DOCUMENTS = 400
 
 
 def model(name: str, folder: Path) -> nn.Module:
-    """`demo`, `qwen3` (grouped heads, norms of q and k) or `gpt2` (learned positions, a kv head a query head)."""
+    """`demo`, `qwen3` (grouped heads, norms of q and k), `gpt2` (learned positions, a kv head a query head) or `neox`
+    (half the dimensions rotated, attention beside the MLP)."""
     from transformers import AutoModelForCausalLM
 
     if name == "demo":
@@ -37,7 +38,14 @@ def model(name: str, folder: Path) -> nn.Module:
 
 
 def fresh(name: str) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     torch.manual_seed(0)
     if name == "qwen3":
@@ -47,6 +55,12 @@ def fresh(name: str) -> Any:
             initializer_range=0.06, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
         return Qwen3ForCausalLM(config)
+    if name == "neox":
+        parallel = GPTNeoXConfig(
+            vocab_size=1024, hidden_size=96, num_hidden_layers=4, num_attention_heads=6, intermediate_size=256,
+            rotary_pct=0.5, max_position_embeddings=4096, initializer_range=0.06, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        return GPTNeoXForCausalLM(parallel)
     shape = GPT2Config(
         vocab_size=1024, n_embd=96, n_layer=3, n_head=4, n_positions=4096, initializer_range=0.06, bos_token_id=0,
         eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +15,8 @@ from linearize.pipeline import run_pipeline
 from linearize.plan import Plan, PlanEntry
 from linearize.planner.costs import base_cost, decode_calls
 from linearize.planner.cpu import calibrate
-from linearize.planner.solver import Option, combine, solve
+from linearize.planner.heads import mixtures
+from linearize.planner.solver import Option, frontier, solve
 from linearize.planner.source import source_calls
 from linearize.runtime.speed import filled_cache
 from linearize.runtime.state import State
@@ -89,21 +90,28 @@ def timed(step: Any) -> float:
     return sorted(seconds)[STEPS // 10]
 
 
-def planning_seconds(layers: int = 32, heads: int = 8, candidates: int = 8) -> dict[str, float]:
+def planning_seconds(layers: int = 32, heads: int = 8, candidates: int = 8, draws: int = 128) -> dict[str, float]:
     """From scores that are there: the frontier of every layer with heads that differ, and the choice, for ten
     budgets."""
-    draw = random.Random(0)
+    generator = np.random.default_rng(0)
     started = time.perf_counter()
-    items = []
-    for _ in range(layers):
-        parts = [
-            [Option(draw.uniform(0.5, 2) / cost, float(cost), cost) for cost in draw.sample(range(1, 4096), candidates)]
-            for _ in range(heads)
-        ]
-        items.append(combine(parts, tuple))
+    items = [layer_options(generator, heads, candidates, draws) for _ in range(layers)]
     fronts = time.perf_counter() - started
     total = sum(item[-1].cost for item in items)
     for tenth in range(1, 11):
         solve(items, total * tenth / 10)
     return {"layers": layers, "heads": heads, "candidates": candidates, "frontiers": fronts,
             "ten budgets": time.perf_counter() - started - fronts}  # fmt: skip
+
+
+def layer_options(generator: np.random.Generator, heads: int, candidates: int, draws: int) -> list[Option]:
+    """Errors like a model's: of a candidate alike in all heads in part, smaller where it costs more."""
+    costs = np.sort(generator.integers(1, 4096, candidates)).astype(float)
+    vectors = generator.normal(size=(heads, candidates, draws)) + generator.normal(size=(heads, 1, draws))
+    vectors *= generator.uniform(0.5, 2, (heads, candidates, 1)) / costs[:, None] / draws**0.5
+    rows = mixtures(vectors, costs)
+    chosen = vectors[np.arange(heads), rows].sum(1)
+    losses = 0.5 * np.square(chosen).sum(1)
+    return frontier([
+        Option(float(loss), float(costs[row].sum()), tuple(row)) for loss, row in zip(losses, rows, strict=True)
+    ])  # fmt: skip

@@ -1,7 +1,8 @@
-"""Plans against uniform recipes and LLM-Drop at the same bytes, on three models; predicted against measured.
+"""Plans against uniform recipes and LLM-Drop at the same bytes, on four models; predicted against measured.
 
     python benchmarks/bench_planner.py                      # all of it; goes on where it stopped
     python benchmarks/bench_planner.py --only demo          # one model again
+    python benchmarks/bench_planner.py --long               # the embedded model's plans on rows as long as the context
     python benchmarks/bench_planner.py --table              # only write the page from what was measured
 
 Writes docs/planner_figures.json after each step, docs/planner-figures.md and docs/planner-figures-MODEL.svg. Bytes are
@@ -34,8 +35,9 @@ from linearize.planner.candidates import candidate
 from linearize.planner.choices import entry_of
 from linearize.planner.costs import state_bytes
 from linearize.planner.make import make_planner
+from linearize.planner.measuring import measured_rows
 from linearize.planner.pareto import bytes_of_entries, recipe_entries, scored_entries, site_recipes
-from linearize.planner.planning import Budget, Planner, measured_rows
+from linearize.planner.planning import Budget, Planner
 from linearize.planner.target import H200
 from linearize.progress import Progress
 from linearize.recipe import Recipe, Score
@@ -44,8 +46,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES, BUILD = ROOT / "docs" / "planner_figures.json", ROOT / "build" / "bench_planner"
 CONTEXT = 4096
 BUDGETS = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
-MODELS = {"demo": 1024, "qwen3": 512, "gpt2": 512}  # the length of its rows
+MODELS = {"demo": 1024, "qwen3": 512, "gpt2": 512, "neox": 512}  # the length of its rows
 HELD_ROWS, TEST_ROWS, RANDOM, MEASUREMENTS = 2, 3, 50, 4
+LONG_ROWS = slice(3, 5)  # of CONTEXT tokens each, behind all rows above
+SEEDS = (0, 1)  # of random plans, RANDOM each
 
 # name of a family: its mixer, what is fixed, and the option that the budget decides
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -61,20 +65,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*MODELS, "speed"], help="these, though they may be in the table")
     parser.add_argument("--recipes", nargs="+", choices=MODELS, help="measure the recipes of these models again")
+    parser.add_argument("--long", action="store_true", help="measure the embedded model's plans on rows of the context")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"models": {}}
-    for name in () if arguments.table or arguments.recipes else arguments.only or [*MODELS, "speed"]:
+    chosen = arguments.table or arguments.recipes or arguments.long
+    for name in () if chosen else arguments.only or [*MODELS, "speed"]:
+        known = remembered()
         if arguments.only or name not in {**known["models"], **known}:
             figures = speed_figures() if name == "speed" else figures_of(name)
+            known = remembered()
             (known if name == "speed" else known["models"])[name] = figures
-            known |= {"context": CONTEXT, "torch": torch.__version__}
-            FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+            remember(known | {"context": CONTEXT, "torch": torch.__version__})
     for name in arguments.recipes or ():
-        known["models"][name]["recipes"] = bench_of(name).recipes()
-        FIGURES.write_text(json.dumps(known, indent=1) + "\n")
-    write_page(known, ROOT / "docs")
+        recipes = bench_of(name).recipes()
+        known = remembered()
+        known["models"][name]["recipes"] = recipes
+        remember(known)
+    if arguments.long or not (chosen or arguments.only or "long" in remembered()):
+        long = on_long_rows("demo")
+        remember(remembered() | {"long": long})
+    write_page(remembered(), ROOT / "docs")
+
+
+def remembered() -> dict[str, Any]:
+    """What was measured so far."""
+    found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"models": {}}
+    return found
+
+
+def remember(known: dict[str, Any]) -> None:
+    known["models"] = {name: known["models"][name] for name in MODELS if name in known["models"]}
+    FIGURES.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def speed_figures() -> dict[str, Any]:
@@ -91,9 +113,9 @@ def bench_of(name: str) -> Bench:
 
 
 def figures_of(name: str) -> dict[str, Any]:
-    started = time.perf_counter()
+    started = time.process_time()
     bench = bench_of(name)
-    planner, scored = bench.planner, time.perf_counter() - started
+    planner, scored = bench.planner, time.process_time() - started
     print(f"{name}: scored", flush=True)
     found: dict[str, Any] = {
         "length": MODELS[name], "source_bytes": planner.source_bytes, "sites": len(planner.teacher.matched),
@@ -103,10 +125,26 @@ def figures_of(name: str) -> dict[str, Any]:
     found["budgets"] = bench.budgets()
     print(f"{name}: budgets", flush=True)
     found["recipes"] = bench.recipes()
-    found["random"] = bench.random_plans()
+    found["random"] = {str(seed): bench.random_plans(seed) for seed in SEEDS}
     found["single"] = single_sites(planner)
-    found["seconds"] = time.perf_counter() - started
+    found["seconds"] = time.process_time() - started
     return found
+
+
+def on_long_rows(name: str) -> list[dict[str, Any]]:
+    """The plan of every budget (of scores on short rows) on rows as long as its context, at the sizes that it says."""
+    bench = bench_of(name)
+    rows = rows_for(name, CONTEXT, LONG_ROWS.stop)[LONG_ROWS]
+    budgets = [Budget(share * bench.planner.source_bytes, text=f"{share:.0%}") for share in BUDGETS[:-1]]
+    plans = [bench.planner.best(budget, MEASUREMENTS) for budget in budgets]
+    losses = measured_rows(
+        bench.planner.teacher, bench.planner.train, rows, [bench.planner.entries(plan) for plan in plans]
+    )
+    return [
+        {"budget": share, "predicted": bench.planner.predicted(plan), "loss": statistics.fmean(found),
+         "tokens": CONTEXT * len(rows)}
+        for share, plan, found in zip(BUDGETS, plans, losses, strict=False)
+    ]  # fmt: skip
 
 
 class Bench:
@@ -126,11 +164,11 @@ class Bench:
         found, earlier = [], []
         for share in BUDGETS:
             budget = Budget(share * self.planner.source_bytes, text=f"{share:.0%}")
-            started = time.perf_counter()
+            started = time.process_time()
             earlier.append(self.planner.best(budget, MEASUREMENTS))
             losses = self.planner.measure(earlier)
             best = earlier[min(range(len(earlier)), key=lambda at: losses[at])]
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             rivals = {name: plan for name in FAMILIES if (plan := self.family(name, budget)) is not None}
             if (dropped := self.drop(budget)) is not None:
                 rivals["llm-drop"] = dropped
@@ -197,21 +235,22 @@ class Bench:
             for (name, entries), row in zip(plans.items(), rows, strict=True)
         }
 
-    def random_plans(self) -> list[dict[str, Any]]:
+    def random_plans(self, seed: int) -> list[dict[str, Any]]:
         """Half with one random candidate a site, half with one a kv head; predicted and measured."""
-        draw = random.Random(0)
+        draw = random.Random(seed)
         plans = []
-        for number in range(RANDOM):
+        while len(plans) < RANDOM:
             chosen = {}
             for site in self.sites:
                 known = self.planner.known[site.index]
                 heads = site.attention.kv_heads
                 single = [one.candidate for one in known if one.candidate.by_head]
-                if number % 2:
+                if len(plans) % 2:
                     chosen[site.index] = tuple(draw.choice(single) for _ in range(heads))
                 else:
                     chosen[site.index] = (draw.choice(known).candidate,) * heads
-            plans.append(chosen)
+            if self.planner.allowed(chosen):  # caches that are read are kept
+                plans.append(chosen)
         rows = self.measure([self.planner.entries(one, scored=True) for one in plans])
         predicted = [self.planner.predicted(one) for one in plans]
         return [{"predicted": loss, "loss": statistics.fmean(row)} for loss, row in zip(predicted, rows, strict=True)]

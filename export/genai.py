@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from linearize.errors import ExportError
 from linearize.export.interface import Part, Port
 from linearize.export.names import GRAPH_FILE
+from linearize.export.ways import GENAI
 from linearize.program import MASK, POSITIONS, TOKENS, StateTensor
 
 if TYPE_CHECKING:
@@ -105,12 +106,9 @@ class _Module(nn.Module):
 
 def check_fixed(specs: Sequence[StateTensor]) -> None:
     """Raise `ExportError` unless every state has a fixed shape and there is one."""
-    growing = [spec.name for spec in specs if spec.grows is not None]
-    if growing:
-        raise ExportError(
-            f"onnxruntime-genai cannot carry {growing[0]} ({len(growing)} states that grow with the context): its "
-            "recurrent states have fixed shapes; compile with a recipe that keeps no softmax, or export without --genai"
-        )
+    growing = GENAI.growing(specs)
+    if growing is not None:
+        raise ExportError(f"{growing}; compile with a recipe that keeps no softmax, or export without --genai")
     if not any(_layer(spec.name) is not None for spec in specs):
         raise ExportError("onnxruntime-genai carries states by layer, and this model's layers have none")
 

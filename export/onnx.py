@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from linearize.errors import ExportError
 from linearize.export.interface import Interface, example_inputs
@@ -93,15 +93,27 @@ def save(model: ir.Model, folder: Path) -> None:
 def translate(compiled: LinearizedModel, interface: Interface, portable: bool) -> ir.Model:
     """torch.export, decompose and translate; names and weights are still the exporter's."""
     inputs, dims = example_inputs(interface)
+    shapes = _by_argument(interface, dims)
+    return translate_module(interface.module, inputs, shapes, portable, compiled.program.graph)
+
+
+def translate_module(
+    module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: tuple[Any, ...] | None, portable: bool, graph: fx.Graph
+) -> ir.Model:
+    """`graph` is where an operator that has no form is looked for, to name its layer.
+
+    Raises:
+        ExportError: an operator has no form in ONNX.
+    """
     table = (portable_decompositions() if portable else native_decompositions()) | FORMS
     with torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(interface.module, inputs, dynamic_shapes=_by_argument(interface, dims))
+            exported = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
             # torch.onnx decomposes once more anyway, by the global table: joining ours to it there saves a whole trace
             with patch.dict(torch._decomp.decomposition_table, table):
                 program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
         except Exception as error:  # the exporter's own errors have no common public base
-            raise ExportError(explain(error, compiled.program.graph)) from error
+            raise ExportError(explain(error, graph)) from error
     assert program is not None
     return program.model
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from linearize.errors import ExportError
 from linearize.export.names import MANIFEST_FILE
+from linearize.export.ways import TORCHSCRIPT
 from linearize.ops import decompositions
 from linearize.program import POSITIONS
 
@@ -71,9 +72,9 @@ def write_torchscript(compiled: LinearizedModel, folder: Path) -> None:
     Raises:
         ExportError: a state grows with the context, the trace fails, or its results differ.
     """
-    growing = [spec.name for spec in compiled.state_specs if spec.grows is not None]
-    if growing:
-        raise ExportError(f"a trace has fixed shapes, and {growing[0]} grows with the context; export to onnx or pt2")
+    growing = TORCHSCRIPT.growing(compiled.state_specs)
+    if growing is not None:
+        raise ExportError(f"{growing}; export to onnx or pt2")
     differences = {}
     for name, length in ((STEP_FILE, 1), (PIECE_FILE, PIECE)):
         traced = trace(compiled, length)

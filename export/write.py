@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import ArtifactError, ExportError
 from linearize.export.names import CONTRIB, GRAPH_FILE, MANIFEST_FILE, NATIVE, PORTABLE, WEIGHTS_FILE
+from linearize.export.ways import program_refusal
 from linearize.export.weights import sha256
 from linearize.files import check_new_directory, new_directory
 from linearize.weights import give_memory_back
@@ -274,25 +275,15 @@ def check_exportable(compiled: object) -> None:
     Raises:
         ExportError: see `export`.
     """
-    import torch
-
     from linearize.runtime.model import LinearizedModel
 
     if not isinstance(compiled, LinearizedModel):
         raise ExportError(
             f"export takes what linearize.compile or linearize.load returns, not a {type(compiled).__name__}"
         )
-    if compiled.program.stateless_reason:
-        raise ExportError(
-            f"this model cannot run step by step, so it has no state to export: {compiled.program.stateless_reason}"
-        )
-    if compiled.program.leaves:
-        raise ExportError(
-            f"{', '.join(compiled.program.leaves)} could not be traced and run the source's Python code, which no "
-            "exported file can hold; rewrite these modules without control flow that depends on values or lengths"
-        )
+    refusal = program_refusal(compiled.program)
+    if refusal is not None:
+        raise ExportError(refusal)
     for name, tensor in compiled.graph_module.named_parameters():
         if tensor.device.type != "cpu":
             raise ExportError(f"{name} is on {tensor.device}; move the model to the CPU to export it")
-        if tensor.dtype != torch.float32:
-            raise ExportError(f"{name} is {tensor.dtype}; compile the model in float32 to export it")

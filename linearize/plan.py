@@ -56,7 +56,8 @@ class Fit(BaseModel):
 
 class PlanFigures(BaseModel):
     """What the planner said of a plan when it wrote it. Loss is KL(source || plan) in nats a token; bytes are of one
-    state at `context` and `batch`; seconds are of one decoded token on `target`."""
+    state at `context` and `batch`; seconds are of one decoded token on `target`; `exports` names the ways of exporting
+    that were to take it. `estimate`: how losses were predicted where they were not measured site by site."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,6 +71,10 @@ class PlanFigures(BaseModel):
     measured_loss: float | None = None
     predicted_seconds: float | None = None
     source_seconds: float | None = None
+    weight_bytes: int | None = None
+    source_weight_bytes: int | None = None
+    exports: tuple[str, ...] | None = None
+    estimate: Literal["second order"] | None = None
 
 
 class Plan(BaseModel):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from linearize.errors import RecipeError
 from linearize.mixers import mixer_class
+from linearize.mixers.share import sharing_problem
 from linearize.plan import Plan
 from linearize.spec import Site
 
@@ -52,6 +53,8 @@ class PlanFile:
             seen[entry.site] = number
             self._check_mixer(number, by_index[entry.site])
         self.plan.check(list(by_index))
+        for number in range(len(self.plan.entries)):
+            self._check_sharing(number, by_index)
 
     def _check_mixer(self, number: int, site: Site) -> None:
         entry = self.plan.entries[number]
@@ -62,6 +65,17 @@ class PlanFile:
         if refusal is not None:
             why = f"site {site.index} ({site.module}): {refusal}; plan keep there"
             raise self.error(("entries", number, "mixer"), why)
+
+    def _check_sharing(self, number: int, by_index: dict[int, Site]) -> None:
+        """A cache that is read is another site's, kept and of the same shape."""
+        entry = self.plan.entries[number]
+        if entry.mixer != "share":
+            return
+        source = by_index.get(entry.options["of"])
+        planned = self.plan.entry(source.index).mixer if source is not None else ""
+        problem = sharing_problem(by_index[entry.site], source, planned)
+        if problem is not None:
+            raise self.error(("entries", number, "options", "of"), f"site {entry.site}: {problem}")
 
     def error(self, place: Place, problem: str) -> RecipeError:
         return RecipeError(f"{self.path} line {line_of(self.lines, place)}: {dotted(place)}: {problem}")

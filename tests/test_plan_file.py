@@ -96,6 +96,22 @@ def test_a_refused_mixer_names_the_line(tmp_path: Path) -> None:
         read_plan(path).check(sites)
 
 
+def test_a_cache_that_cannot_be_read_names_the_line(tmp_path: Path) -> None:
+    """Edited by hand: the site whose cache is read becomes a window, or there is none of that number."""
+    sites = zoo.captured("llama").matched
+    entries = [
+        PlanEntry(site=0, module=sites[0].module, mixer="keep"),
+        PlanEntry(site=1, module=sites[1].module, mixer="share", options={"of": 0}),
+    ]
+    path = Plan(entries=tuple(entries)).save(tmp_path / "plan.json")
+    read_plan(path).check(sites)
+    text = path.read_text()
+    line = line_with(text.splitlines(), '"of"')
+    path.write_text(text.replace('"keep"', '"window"'))
+    with pytest.raises(RecipeError, match=rf"line {line}: entries.1.options.of: .* becomes window and has none"):
+        read_plan(path).check(sites)
+
+
 def test_compile_takes_the_file_and_fits_as_it_says(tmp_path: Path) -> None:
     sites = zoo.captured("llama").matched
     entries = tuple(

@@ -32,7 +32,7 @@ class Blocks:
         self._names = program.nodes_by_name()
         activations = read_flow(program).activations
         self._last = {node: max((self._order[user] for user in node.users), default=-1) for node in activations}
-        self._output = next(node for node in reversed(self._nodes) if node.op == "output")
+        self.output = next(node for node in reversed(self._nodes) if node.op == "output")
         self._places = self._choose()
         self.crossing: list[list[fx.Node]] = [[], *(self._crossing(place) for place in self._places)]
 
@@ -43,6 +43,15 @@ class Blocks:
     def width(self, cut: int, batch: int, length: int) -> int:
         """Bytes that cross it, for `batch` rows of `length` tokens."""
         return sum(self._bytes(node, batch, length) for node in self.crossing[cut])
+
+    def ends(self, cut: int) -> list[fx.Node]:
+        """What crosses the next cut; the logits, where there is none."""
+        last: fx.Node = self.output.args[0]  # type: ignore[assignment]
+        return [last] if cut + 1 == len(self.crossing) else self.crossing[cut + 1]
+
+    def inside(self, cut: int) -> set[fx.Node]:
+        """All that is computed or read behind a cut up to the next, or to the logits."""
+        return cone(self.ends(cut), self.crossing[cut])
 
     def parameters(self, cut: int) -> set[str]:
         """Names of the parameters that are read behind a cut, up to the next cut and the site in between."""

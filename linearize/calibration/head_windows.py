@@ -24,6 +24,7 @@ from linearize.spec import AttentionSpec
 STARTS = (8, 16, 32, 64, 128, 256, 512)
 GROWTHS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
 RULES = tuple((alpha, beta) for alpha in STARTS for beta in GROWTHS)
+Rules = Sequence[tuple[float, float]]
 Head = tuple[int, int]  # site, kv head
 Step = tuple[int, float]  # keys at the context, error
 
@@ -50,31 +51,31 @@ def _values(stream: TeacherStream, site: object) -> list[list[Tensor]]:
 
 
 def profile_heads(
-    stream: TeacherStream, spec: AttentionSpec, batches: list[list[Tensor]], sinks: int
+    stream: TeacherStream, spec: AttentionSpec, batches: list[list[Tensor]], sinks: int, rules: Rules = RULES
 ) -> list[list[float]]:
     """[G][rule]: the head's squared error over the variance of the whole output, mean over both lengths."""
-    total = torch.zeros(spec.kv_heads, len(RULES), dtype=torch.float64)
+    total = torch.zeros(spec.kv_heads, len(rules), dtype=torch.float64)
     for query, key, value in batches:
         for length in (query.shape[2] // 2, query.shape[2]):
             piece = [x[:, :, :length] for x in (query, key, value)]
-            total += _errors(spec, piece, length, sinks) / (2 * len(batches))
+            total += _errors(spec, piece, length, sinks, rules) / (2 * len(batches))
     return total.tolist()  # type: ignore[no-any-return]
 
 
-def _errors(spec: AttentionSpec, piece: list[Tensor], length: int, sinks: int) -> Tensor:
+def _errors(spec: AttentionSpec, piece: list[Tensor], length: int, sinks: int, rules: Rules) -> Tensor:
     """[G, rules] at one length."""
     index = torch.arange(length, device=piece[0].device)
     distance, first = index[:, None] - index, index < sinks
     exact = _attend(spec, piece, distance >= 0)
     variance = (exact - exact.mean()).double().square().sum()
     known: dict[int, Tensor] = {}
-    for alpha, beta in RULES:
+    for alpha, beta in rules:
         size = head_windows(1, alpha, beta, length)[0]
         if size not in known:
             o = _attend(spec, piece, (distance >= 0) & ((distance < size) | first))
             squares = (o - exact).double().square().sum(dim=(0, 2, 3))
             known[size] = squares.unflatten(0, (spec.kv_heads, -1)).sum(1).cpu() / variance.cpu()
-    return torch.stack([known[head_windows(1, alpha, beta, length)[0]] for alpha, beta in RULES], dim=1)
+    return torch.stack([known[head_windows(1, alpha, beta, length)[0]] for alpha, beta in rules], dim=1)
 
 
 def _attend(spec: AttentionSpec, piece: list[Tensor], seen: Tensor) -> Tensor:

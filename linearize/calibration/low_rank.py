@@ -74,13 +74,24 @@ def whitened_factors(
     grams = input_grams(program, {p.x for name in ranks for p in found[name]}, batches)
     made = {}
     for name, rank in ranks.items():
-        weight = attribute(program.module, name).detach().double()
-        weight = weight.T if found[name][0].transposed else weight
+        weight = product_weight(program, found[name][0])
         if rank > min(weight.shape):
             raise RecipeError(f"low_rank: {name} is {list(weight.shape)} and has no rank {rank}")
         gram = torch.stack([grams[product.x] for product in found[name]]).sum(0)
         made[name] = whitened_svd(weight, gram, rank)
     return made
+
+
+def product_weight(program: Program, product: Product) -> Tensor:
+    """W [out,in] of a product, in float64."""
+    weight: Tensor = attribute(program.module, product.parameter).detach().double()
+    return weight.T if product.transposed else weight
+
+
+def gram_of(inputs: Tensor) -> Tensor:
+    """X X^T [in,in] of a product's inputs [..., in], in float64."""
+    rows = inputs.flatten(0, -2).double()
+    return rows.T @ rows
 
 
 def whitened_svd(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +127,6 @@ class _Grams(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted:
-            rows = value.flatten(0, -2).double()
-            gram = rows.T @ rows
+            gram = gram_of(value)
             self.grams[n] = self.grams[n] + gram if n in self.grams else gram
         return value

@@ -111,6 +111,10 @@ class TeacherStream:
                 f"batch {batch}: its weights, its dtype or this text break it; look at it before fitting to it"
             )
 
+    def given(self, batch: int) -> dict[fx.Node, Tensor]:
+        """By node: the inputs, and what crosses the cut at which the walk stands."""
+        return self._given(batch)
+
     def _given(self, batch: int) -> dict[fx.Node, Tensor]:
         if self._cut != self._wanted:
             self._move()

@@ -26,7 +26,7 @@ def round_sizes(items: int, slots: int, sinks: int, rounds: int) -> list[int]:
     sizes = []
     while items > slots:
         most = (items + 1) // 2 - (sinks + 1) // 2  # even items that may merge, however the sinks lie
-        items -= min(most, -(-(items - slots) // max(rounds, 1)))
+        items = items - min(most, -(-(items - slots) // max(rounds, 1)))  # not in place: a trace has tensors for sizes
         rounds -= 1
         sizes.append(items)
     return sizes

@@ -7,7 +7,6 @@ there as it will be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,10 @@ LOCAL = 128
 SHARES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 WINDOW_SHARES = (1 / 8, 1 / 2)
 LATENT_SHARES = (0.25, 0.5)
+EVICTING_SHARES = (1 / 64, 1 / 8)
+EVICTING: tuple[tuple[str, dict[str, Any]], ...] = (  # H2O, CItruS, Q-Filters
+    ("citrus", {"window": 32, "memory": 1.0}), ("citrus", {"window": 32, "memory": 0.0}), ("q_filters", {"window": 32}),
+)  # fmt: skip
 SIZES = {  # mixer: the options that grow with the context
     "slots": ("slots",), "window": ("window",), "citrus": ("keep",), "q_filters": ("keep",),
 }  # fmt: skip
@@ -38,6 +41,11 @@ class Candidate:
     def by_head(self) -> bool:
         """Whether it may stand at some kv heads of a site alone."""
         return self.mixer not in WHOLE
+
+    @property
+    def of(self) -> int | None:
+        """The site whose cache it reads; None for what has its own."""
+        return int(dict(self.options)["of"]) if self.mixer == "share" else None
 
     @property
     def label(self) -> str:
@@ -90,11 +98,11 @@ def default_candidates(context: int, length: int, head_dim: int = 64) -> list[Ca
     made += [("lolcats", {"window": 64, "features": head_dim, "sinks": 4})]
     sizes = sorted({max(8, round(context * share)) for share in SHARES})
     made += [("slots", {**SLOTS, "slots": size}) for size in sizes]
+    kept = [round(context * share) for share in EVICTING_SHARES if context * share >= 8]
+    for mixer, options in EVICTING:
+        made += [(mixer, {**options, "keep": size}) for size in kept]
+    made += [("streaming", {"window": 64, "sinks": 4})]
     made += [("mla", {"cache": share}) for share in LATENT_SHARES]
     made += [("keep", {})]
     return [candidate(mixer, options, context, length) for mixer, options in made]
 
-
-def only(candidates: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
-    """Those whose mixer is among `names`, `keep` always."""
-    return [one for one in candidates if one.mixer in names or one.mixer == "keep"]

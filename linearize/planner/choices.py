@@ -1,37 +1,61 @@
 """What a site can be planned to be, with its predicted loss: one candidate for all its kv heads, or one by head.
 
-The loss of a site is that of its candidate, measured with the rest of the model as the source; where heads differ,
-each head brings its share of its own candidate's loss, and sites add up. Sizes between two that were measured are
-interpolated, log loss by log size.
+The loss of a site with one candidate is measured, with the rest of the model as the source. Where heads differ, errors
+of heads add up or cancel. With b_hc the effects of candidate c at head h (`sensitivity`), to second order
+
+    Q(c(1), .., c(G)) = sum_h 1/2 |b_{h,c(h)}|^2 + (1 - SHRUNK) sum_{h < k} b_{h,c(h)} . b_{k,c(k)}
+
+Lengths are exact, angles from a sketch, and shrunk for that. What is beyond second order is known where all heads have
+one candidate: r_c, its measured loss over Q. A mixture has as much of it, in logarithms, as it has of those candidates:
+
+    loss = Q prod_h r_{c(h)}^(s u_h),   u_h = |b_{h,c(h)}|^2 / sum,   s = (1 - sum_h u_h^2) G / (G - 1)
+
+where s is 0 if a single head loses anything and 1 if all lose the same. Sites add up.
+
+Sizes between two that were measured are interpolated: losses and lengths of effects geometrically, by log size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from linearize.plan import PlanEntry
 from linearize.planner.candidates import SIZES, Candidate
+from linearize.planner.heads import mixtures
 from linearize.planner.scores import Scored
-from linearize.planner.solver import Option, combine, frontier
+from linearize.planner.solver import Option, frontier
 from linearize.spec import Site
 
 BETWEEN = (0.25, 0.5, 0.75)
 TINY = 1e-9
+SHRUNK = 0.2
+BEYOND = 4.0  # second order is trusted within such a factor
 
 Choice = tuple[Candidate, ...]  # a candidate for every kv head
+Effects = NDArray[np.float64]  # [G, K]
 
 
 @dataclass(frozen=True)
 class Known:
-    """A candidate at one site with its loss, whole and by kv head."""
+    """A candidate at one site with its loss. `effects` [G, K] are the vectors b_h, their inner products shrunk."""
 
     candidate: Candidate
     loss: float
-    by_head: tuple[float, ...]
+    effects: Effects = field(compare=False)
+
+    @cached_property
+    def beyond(self) -> float:
+        """log r: its measured loss over that to second order."""
+        ratio = max(self.loss, TINY) / max(half_square(self.effects), TINY)
+        return math.log(min(max(ratio, 1 / BEYOND), BEYOND))
 
 
 def known_candidates(site: Site, candidates: Sequence[Candidate], scored: Mapping[str, Scored]) -> list[Known]:
@@ -40,8 +64,27 @@ def known_candidates(site: Site, candidates: Sequence[Candidate], scored: Mappin
     for one in candidates:
         row = scored.get(one.measured_as)
         if row is not None:
-            found.append(Known(one, row.loss, tuple(row.loss * share for share in row.shares)))
+            found.append(Known(one, row.loss, shrunk(np.array(row.effects), np.array(row.heads))))
     return [*found, *between(found)]
+
+
+def shrunk(sketch: Effects, heads: Effects) -> Effects:
+    """[G, K + G] of a sketch [G, K]: half the squared lengths are `heads` [G], inner products of different heads are
+    multiplied by 1 - SHRUNK, by an own entry for every head."""
+    lengths = np.sqrt(2 * heads)
+    scaled = with_lengths(sketch, lengths)
+    return np.hstack([math.sqrt(1 - SHRUNK) * scaled, np.diag(math.sqrt(SHRUNK) * lengths)])
+
+
+def with_lengths(effects: Effects, lengths: Effects) -> Effects:
+    """The same directions."""
+    now = np.linalg.norm(effects, axis=1)
+    return effects * (lengths / np.maximum(now, TINY))[:, None]
+
+
+def half_square(effects: Effects) -> float:
+    """Q of one row for every head."""
+    return 0.5 * float(np.square(effects.sum(0)).sum())
 
 
 def between(found: Sequence[Known]) -> list[Known]:
@@ -62,39 +105,56 @@ def _interpolated(low: Known, high: Known, part: float) -> Known:
     name = SIZES[low.candidate.mixer][0]
     options, scored = (
         tuple(
-            (key, _mean(value, dict(other)[key], part, whole=True) if key == name else value) for key, value in first
+            (key, round(_mean(value, dict(other)[key], part)) if key == name else value) for key, value in first
         )
         for first, other in (
             (low.candidate.options, high.candidate.options), (low.candidate.scored, high.candidate.scored),
         )
     )  # fmt: skip
-    by_head = tuple(_mean(a, b, part) for a, b in zip(low.by_head, high.by_head, strict=True))
-    return Known(replace(low.candidate, options=options, scored=scored), _mean(low.loss, high.loss, part), by_head)
+    effects = _between_effects(low.effects, high.effects, part)
+    return Known(replace(low.candidate, options=options, scored=scored), _mean(low.loss, high.loss, part), effects)
 
 
-def _mean(low: float, high: float, part: float, whole: bool = False) -> Any:
+def _mean(low: float, high: float, part: float) -> float:
     """Geometric, `part` of the way."""
-    value = math.exp((1 - part) * math.log(max(low, TINY)) + part * math.log(max(high, TINY)))
-    return round(value) if whole else value
+    return math.exp((1 - part) * math.log(max(low, TINY)) + part * math.log(max(high, TINY)))
+
+
+def _between_effects(low: Effects, high: Effects, part: float) -> Effects:
+    """Of every head the direction `part` of the way, and the geometric mean of the lengths."""
+    one, other = np.linalg.norm(low, axis=1), np.linalg.norm(high, axis=1)
+    turned = (1 - part) * with_lengths(low, np.ones_like(one)) + part * with_lengths(high, np.ones_like(other))
+    least = math.sqrt(2 * TINY)
+    return with_lengths(turned, np.maximum(one, least) ** (1 - part) * np.maximum(other, least) ** part)
+
+
+def mixture_loss(known: Mapping[Candidate, Known], choice: Choice) -> float:
+    """Of a site whose head h becomes choice[h]."""
+    taken = [known[one] for one in choice]
+    if len(set(choice)) == 1:
+        return taken[0].loss
+    effects = np.stack([one.effects[head] for head, one in enumerate(taken)])
+    squares = np.square(effects).sum(1)
+    shares = squares / max(squares.sum(), TINY**2)
+    spread = (1 - np.square(shares).sum()) * len(shares) / (len(shares) - 1)
+    beyond = sum(share * one.beyond for share, one in zip(shares, taken, strict=True))
+    return half_square(effects) * math.exp(spread * beyond)
 
 
 def site_options(site: Site, known: Sequence[Known], cost: Any, by_head: bool) -> list[Option]:
     """The frontier of what the site can be; `cost(site, choice)` is exact, and adds up over heads but for masks."""
     heads = site.attention.kv_heads
-    found = [Option(one.loss, cost(site, (one.candidate,) * heads), (one.candidate,) * heads) for one in known]
-    if by_head and heads > 1:
-        parts = [_head_options(site, known, head, cost) for head in range(heads)]
-        mixed = [option for option in combine(parts, tuple) if len(set(option.choice)) > 1]
-        found += [Option(option.loss, cost(site, option.choice), option.choice) for option in mixed]
+    costs = [cost(site, (one.candidate,) * heads) for one in known]
+    found = [Option(one.loss, of_all, (one.candidate,) * heads) for one, of_all in zip(known, costs, strict=True)]
+    single = [at for at, one in enumerate(known) if one.candidate.by_head]
+    if by_head and heads > 1 and len(single) > 1:
+        effects = np.stack([known[at].effects for at in single], 1)
+        rows = mixtures(effects, np.array([costs[at] / heads for at in single]))
+        choices = [tuple(known[single[at]].candidate for at in row) for row in rows]
+        by_candidate = {one.candidate: one for one in known}
+        mixed = [choice for choice in choices if len(set(choice)) > 1]
+        found += [Option(mixture_loss(by_candidate, choice), cost(site, choice), choice) for choice in mixed]
     return frontier(found)
-
-
-def _head_options(site: Site, known: Sequence[Known], head: int, cost: Any) -> list[Option]:
-    heads = site.attention.kv_heads
-    single = [one for one in known if one.candidate.by_head]
-    return frontier([
-        Option(one.by_head[head], cost(site, (one.candidate,) * heads) / heads, one.candidate) for one in single
-    ])  # fmt: skip
 
 
 def entry_of(site: Site, choice: Choice, reason: str = "", scored: bool = False) -> PlanEntry:
@@ -102,7 +162,8 @@ def entry_of(site: Site, choice: Choice, reason: str = "", scored: bool = False)
     distinct = list(dict.fromkeys(choice))
 
     def options(one: Candidate) -> dict[str, Any]:
-        return dict(one.scored if scored else one.options)
+        given = one.scored if scored else one.options
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given}
 
     if len(distinct) == 1:
         made = (distinct[0].mixer, options(distinct[0]))

@@ -119,12 +119,14 @@ def _state(tensor: StateTensor, batch: int, context: int) -> Tensor:
 @dataclass(frozen=True)
 class Base:
     """What a model costs whatever its sites become. `feeding` are, by site, the operators that only its attention
-    reads (projections of queries, keys and values), which go where the attention is dropped."""
+    reads (projections of queries, keys and values), which go where the attention is dropped; `asking` those of them
+    that are left where it reads another's keys and values."""
 
     state_bytes: int
     weight_bytes: int
     calls: tuple[Call, ...]
     feeding: dict[int, tuple[Call, ...]]
+    asking: dict[int, tuple[Call, ...]]
 
 
 def base_cost(teacher: Program, batch: int = 1) -> Base:
@@ -137,13 +139,16 @@ def base_cost(teacher: Program, batch: int = 1) -> Base:
     cores = [nodes[site.nodes.core] for site in lowered.matched]
     always = cone([output], cores) - set(cores)
     feeding: dict[int, tuple[Call, ...]] = {}
+    asking: dict[int, tuple[Call, ...]] = {}
     taken: set[fx.Node] = set(always)
     for site, core in zip(lowered.matched, cores, strict=True):
         own = [node for node in lowered.graph.nodes if node in cone([core]) - taken - set(cores)]
         taken |= set(own)
         feeding[site.index] = tuple(call for node in own for call in by_node.get(node, ()))
+        left = cone([node for node in core.all_input_nodes if node not in core.args[1:3]])
+        asking[site.index] = tuple(call for node in own if node in left for call in by_node.get(node, ()))
     calls = tuple(call for node in lowered.graph.nodes if node in always for call in by_node.get(node, ()))
-    return Base(fixed_state_bytes(teacher, batch), weights, calls, feeding)
+    return Base(fixed_state_bytes(teacher, batch), weights, calls, feeding, asking)
 
 
 def fixed_state_bytes(teacher: Program, batch: int = 1) -> int:
@@ -185,5 +190,6 @@ def decode_calls(
     for site in sites:
         entry = by_site[site.index]
         calls += site_cost(site.attention, entry.mixer, entry.options, context, batch).calls
-        calls += () if entry.mixer == "drop" else base.feeding[site.index]
+        if entry.mixer != "drop":
+            calls += (base.asking if entry.mixer == "share" else base.feeding)[site.index]
     return calls

@@ -12,7 +12,8 @@ from linearize.errors import RecipeError
 from linearize.plan import PlanEntry
 from linearize.planner.candidates import scored_options
 from linearize.planner.costs import state_bytes
-from linearize.planner.planning import Budget, Planner, measured
+from linearize.planner.measuring import measured
+from linearize.planner.planning import Budget, Planner
 from linearize.progress import Progress
 from linearize.recipe import Recipe, Score, recipes
 from linearize.svg import COLOURS, Point, scatter_plot

@@ -12,11 +12,12 @@ candidates a layer takes well under a second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 STEPS = 4096
 
@@ -87,24 +88,10 @@ def frontier(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def combine(parts: Sequence[Sequence[Option]], join: Callable[[list[Any]], Any], most: int = 96) -> list[Option]:
-    """The frontier of picking one option of each part (their losses and costs add), thinned to `most` on the way."""
-    found = [Option(0.0, 0.0, [])]
-    for part in parts:
-        found = frontier([
-            Option(one.loss + other.loss, one.cost + other.cost, [*one.choice, other.choice])
-            for one in found for other in part
-        ])  # fmt: skip
-        found = thinned(found, most)
-    return [Option(one.loss, one.cost, join(one.choice)) for one in found]
-
-
-def thinned(options: list[Option], most: int) -> list[Option]:
-    """At most `most` of a frontier, evenly by logarithm of the cost, first and last included."""
-    if len(options) <= most:
-        return options
-    logs = np.log(np.maximum([one.cost for one in options], 1e-12))
-    low, high = float(logs[np.isfinite(logs)].min()), float(logs.max())
-    marks = np.linspace(low, high, most)
-    chosen = sorted({0, len(options) - 1, *(int(np.abs(logs - mark).argmin()) for mark in marks)})
-    return [options[at] for at in chosen]
+def thinned_places(costs: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """Places of at most `most` of ascending costs, evenly by logarithm, first and last included."""
+    if len(costs) <= most:
+        return np.arange(len(costs))
+    logs = np.log(np.maximum(costs, 1e-12))
+    marks = np.linspace(logs[logs > np.log(1e-12)][0], logs[-1], most - 1)
+    return np.unique([0, len(costs) - 1, *(int(np.abs(logs - mark).argmin()) for mark in marks)])

@@ -52,19 +52,26 @@ def evaluate(module: fx.GraphModule, targets: list[fx.Node], given: dict[fx.Node
     positions of a model without weights can be read too. Parameters of a model that stays on disk (`linearize.weights`)
     are read where they are used.
     """
+    with torch.no_grad():
+        return evaluate_differentiably(module, targets, given)
+
+
+def evaluate_differentiably(
+    module: fx.GraphModule, targets: list[fx.Node], given: dict[fx.Node, Any]
+) -> list[Any]:
+    """`evaluate` where gradients are wanted by what is given."""
     values = dict(given)
     needed = [node for node in ordered(cone(targets, given), module.graph) if node not in values]
     uses = Counter(arg for node in needed for arg in node.all_input_nodes)
     uses.update(targets)
-    with torch.no_grad():
-        for node in needed:
-            if node.op == "get_attr" and node not in targets:
-                continue
-            values[node] = _run(node, module, values)
-            for arg in node.all_input_nodes:
-                uses[arg] -= 1
-                if not uses[arg]:
-                    values.pop(arg, None)
+    for node in needed:
+        if node.op == "get_attr" and node not in targets:
+            continue
+        values[node] = _run(node, module, values)
+        for arg in node.all_input_nodes:
+            uses[arg] -= 1
+            if not uses[arg]:
+                values.pop(arg, None)
     return [values[target] for target in targets]
 
 

@@ -34,6 +34,34 @@ def test_it_writes_a_plan_that_compiles_and_draws_the_curve(run: Run, llama_dir:
     assert linearize.load(tmp_path / "out").state_bytes(1, 256) == written.figures.state_bytes
 
 
+def test_what_an_export_does_not_take_is_left_out_and_named(run: Run, llama_dir: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    result = run("plan", llama_dir, *FAST, "--budget", "70%", "-o", plan, "--exports", "genai")
+    assert result.exit_code == 0, result.output
+    for mixer in ("mla", "keep"):
+        assert f"left out: {mixer}: onnxruntime-genai cannot carry" in " ".join(result.stderr.split())
+    written = Plan.load(plan)
+    assert "keep" not in str(written.entries)
+    assert written.figures is not None
+    assert written.figures.exports == ("genai",)
+    result = run("plan", llama_dir, *FAST, "--exports", "genai", "--pin", "1=keep")
+    assert_one_error(result, "site 1 (model.layers.1.self_attn): the pin is refused by an export that is wished for")
+
+
+def test_a_model_that_stays_on_disk_is_planned_from_its_directory(run: Run, llama_dir: Path, tmp_path: Path) -> None:
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text("def main():\n    return 0\n" * 40)
+    result = run("plan", llama_dir, *FAST, "--streaming", "--data", text, "--budget", "50%", "-o", plan)
+    assert result.exit_code == 0, result.output
+    assert "scoring block by block needs about" in result.stderr
+    assert "to second order, from gradients" in " ".join(result.stdout.split())
+    figures = Plan.load(plan).figures
+    assert figures is not None
+    assert (figures.estimate, figures.measured_loss is None) == ("second order", False)
+    assert_one_error(run("plan", llama_dir, *FAST, "--streaming"), "stays on disk is not sampled")
+    assert_one_error(run("plan", llama_dir, *FAST, "--memory", "much"), "is no amount of memory")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -43,6 +71,7 @@ def test_it_writes_a_plan_that_compiles_and_draws_the_curve(run: Run, llama_dir:
         (("--pin", "9=keep"), "site 9 cannot be pinned: the model's matched sites are [0]"),
         (("--never", "dorp"), "no mixer named 'dorp'"),
         (("--add", "citrsu{keep=3}"), "no mixer named 'citrsu'"),
+        (("--exports", "gguf"), "no way of exporting is named 'gguf'; there are onnx, portable, genai"),
         (("--target", "gpu"), "no target 'gpu'"),
         (("--pareto", "curve.pdf"), "--pareto draws .svg or .html"),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from linearize.errors import RecipeError
@@ -15,7 +16,7 @@ from linearize.planner.candidates import Candidate
 from linearize.planner.choices import Known, between, entry_of
 from linearize.planner.make import Wishes, make_planner
 from linearize.planner.pareto import curve, drawn, recipe_marks
-from linearize.planner.planning import Budget, Planner
+from linearize.planner.planning import CLOSE, Budget, Planner
 from linearize.planner.target import H200
 from tests import zoo
 
@@ -74,6 +75,19 @@ def test_what_is_chosen_measured_no_worse_than_the_solution(make: Callable[..., 
     assert other <= one
 
 
+def test_what_is_near_the_solution_fits_and_comes_most_promising_first(make: Callable[..., Planner]) -> None:
+    planner = make()
+    budget = Budget(0.3 * planner.source_bytes)
+    solution = planner.solve(budget)
+    near = planner.neighbours(solution, budget)
+    assert solution in near
+    assert len(near) == len({str(planner.entries(one)) for one in near}) > 3
+    assert all(planner.bytes_of(one) <= budget.limit for one in near)
+    losses = [planner.predicted(one) for one in near]
+    assert losses == sorted(losses)
+    assert losses[-1] <= CLOSE * planner.predicted(solution) + 1e-6
+
+
 def test_pins_and_what_is_ruled_out_are_kept_to(make: Callable[..., Planner]) -> None:
     planner = make(pins={1: ("slots", {"slots": 16, "window": 4})}, never=("drop", "mla"), by_head=False)
     plan = planner.plan(planner.solve(Budget(0.5 * planner.source_bytes)), Budget(1.0))
@@ -124,13 +138,15 @@ def test_heads_that_differ_become_a_mixture() -> None:
 
 def test_sizes_between_two_are_interpolated() -> None:
     low, high = (
-        Known(Candidate("slots", (("slots", size), ("window", 4)), (("slots", size),)), loss, (loss, 0.0))
-        for size, loss in ((16, 0.4), (256, 0.1))
+        Known(Candidate("slots", (("slots", size), ("window", 4)), (("slots", size),)), loss, np.array(effects))
+        for size, loss, effects in ((16, 0.4, [[8.0, 0.0], [0.0, 1.0]]), (256, 0.1, [[2.0, 0.0], [4.0, 0.0]]))
     )
-    made = between([low, Known(Candidate("keep"), 0.0, (0.0, 0.0)), high])
+    made = between([low, Known(Candidate("keep"), 0.0, np.zeros((2, 2))), high])
     assert [dict(one.candidate.options)["slots"] for one in made] == [32, 64, 128]
     assert made[1].loss == pytest.approx(0.2)
     assert dict(made[1].candidate.options)["window"] == 4
+    half = 2**0.5
+    np.testing.assert_allclose(made[1].effects, [[4.0, 0.0], [half, half]])  # lengths 4 and 2, directions half-way
 
 
 def test_a_sliding_window_of_the_source_is_exact_and_nothing_looks_further(make: Callable[..., Planner]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 
-from linearize.planner.solver import Option, combine, frontier, solve
+import numpy as np
+
+from linearize.planner.solver import Option, frontier, solve, thinned_places
 
 
 def everything(items: list[list[Option]], budget: float) -> float:
@@ -71,9 +73,11 @@ def test_the_frontier_leaves_out_what_is_beaten() -> None:
     assert [(one.loss, one.cost) for one in frontier(options)] == [(2.0, 2.0), (1.0, 3.0), (0.5, 9.0)]
 
 
-def test_parts_are_combined_and_thinned_with_the_ends_kept() -> None:
-    part = [Option(1.0 / cost, float(cost), cost) for cost in range(1, 60)]
-    found = combine([part, part, part], tuple, most=20)
-    assert len(found) <= 20
-    assert (found[0].choice, found[-1].choice) == ((1, 1, 1), (59, 59, 59))
-    assert all(abs(sum(1 / cost for cost in one.choice) - one.loss) < 1e-9 for one in found)
+def test_a_long_frontier_is_thinned_with_the_ends_kept() -> None:
+    costs = np.arange(1.0, 178.0)
+    kept = thinned_places(costs, most=20)
+    assert len(kept) <= 20
+    assert (kept[0], kept[-1]) == (0, 176)
+    assert (np.diff(kept) > 0).all()
+    assert np.diff(kept)[-1] > 10 * np.diff(kept)[0]  # evenly by logarithm
+    assert (thinned_places(costs[:5], most=20) == np.arange(5)).all()
