@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -13,11 +14,13 @@ import linearize
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
 from linearize.plan import Plan, PlanEntry
-from linearize.planner.costs import base_cost, decode_calls
+from linearize.planner.candidates import default_candidates
+from linearize.planner.costs import Base, base_cost, decode_calls
 from linearize.planner.cpu import calibrate
-from linearize.planner.heads import mixtures
-from linearize.planner.solver import Option, frontier, solve
+from linearize.planner.planning import Budget, Planner
+from linearize.planner.scores import WIDTH, Scored, Scores
 from linearize.planner.source import source_calls
+from linearize.planner.target import H200
 from linearize.runtime.speed import filled_cache
 from linearize.runtime.state import State
 
@@ -90,28 +93,46 @@ def timed(step: Any) -> float:
     return sorted(seconds)[STEPS // 10]
 
 
-def planning_seconds(layers: int = 32, heads: int = 8, candidates: int = 8, draws: int = 128) -> dict[str, float]:
-    """From scores that are there: the frontier of every layer with heads that differ, and the choice, for ten
-    budgets."""
-    generator = np.random.default_rng(0)
-    started = time.perf_counter()
-    items = [layer_options(generator, heads, candidates, draws) for _ in range(layers)]
-    fronts = time.perf_counter() - started
-    total = sum(item[-1].cost for item in items)
+def planning_seconds(layers: int = 32, heads: int = 8, candidates: int = 8) -> dict[str, float]:
+    """CPU time from scores that are there: what every layer can be, with heads that differ and their exact bytes, and
+    the choice and the plans near it for ten budgets. The scores are made up; candidates and bytes are a Llama's."""
+    planner = planner_of(layers, heads, candidates)
+    started = time.process_time()
+    for site in planner.teacher.matched:
+        planner.frontier(site)
+    fronts = time.process_time() - started
     for tenth in range(1, 11):
-        solve(items, total * tenth / 10)
+        budget = Budget(planner.source_bytes * tenth / 10)
+        planner.neighbours(planner.solve(budget), budget)
     return {"layers": layers, "heads": heads, "candidates": candidates, "frontiers": fronts,
-            "ten budgets": time.perf_counter() - started - fronts}  # fmt: skip
+            "ten budgets": time.process_time() - started - fronts}  # fmt: skip
 
 
-def layer_options(generator: np.random.Generator, heads: int, candidates: int, draws: int) -> list[Option]:
-    """Errors like a model's: of a candidate alike in all heads in part, smaller where it costs more."""
-    costs = np.sort(generator.integers(1, 4096, candidates)).astype(float)
-    vectors = generator.normal(size=(heads, candidates, draws)) + generator.normal(size=(heads, 1, draws))
-    vectors *= generator.uniform(0.5, 2, (heads, candidates, 1)) / costs[:, None] / draws**0.5
-    rows = mixtures(vectors, costs)
-    chosen = vectors[np.arange(heads), rows].sum(1)
-    losses = 0.5 * np.square(chosen).sum(1)
-    return frontier([
-        Option(float(loss), float(costs[row].sum()), tuple(row)) for loss, row in zip(losses, rows, strict=True)
-    ])  # fmt: skip
+def planner_of(layers: int, heads: int, candidates: int) -> Planner:
+    """One captured layer, so many times."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=16 * heads, intermediate_size=32, num_hidden_layers=1, num_attention_heads=heads,
+        num_key_value_heads=heads, head_dim=16,
+    )  # fmt: skip
+    teacher = run_pipeline(linearize.capture(LlamaForCausalLM(shape).eval()), [RaiseAttention()])
+    sites = tuple(dataclasses.replace(teacher.matched[0], index=index) for index in range(layers))
+    able = [one for one in default_candidates(4096, 1024, 16) if one.by_head]
+    wanted = {site.index: [*able[: candidates - 1], able[-1]] for site in sites}
+    generator = np.random.default_rng(0)
+    table = {
+        site: {one.measured_as: made_up(generator, at, heads, one.mixer) for at, one in enumerate(some)}
+        for site, some in wanted.items()
+    }
+    planner = Planner(dataclasses.replace(teacher, sites=sites), 4096, 1, wanted, Scores(table, 4096), H200)
+    planner.__dict__["base"] = Base(0, 0, (), {site.index: () for site in sites})
+    return planner
+
+
+def made_up(generator: np.random.Generator, place: int, heads: int, mixer: str) -> Scored:
+    """Errors of heads alike in part, smaller for later candidates."""
+    effects = generator.normal(size=(heads, WIDTH)) + generator.normal(size=WIDTH)
+    effects *= 0.0 if mixer == "keep" else 0.01 * 0.5**place * generator.uniform(0.5, 2, (heads, 1))
+    alone, together = 0.5 * np.square(effects).sum(1), 0.5 * float(np.square(effects.sum(0)).sum())
+    return Scored(together, 0.1, together, alone.tolist(), effects.tolist())

@@ -31,7 +31,7 @@ import linearize
 from linearize.calibration.keys import tokens_key
 from linearize.calibration.scores import site_scores
 from linearize.plan import PlanEntry
-from linearize.planner.candidates import candidate
+from linearize.planner.candidates import candidate, scored_options
 from linearize.planner.choices import entry_of
 from linearize.planner.costs import state_bytes
 from linearize.planner.make import make_planner
@@ -132,19 +132,31 @@ def figures_of(name: str) -> dict[str, Any]:
 
 
 def on_long_rows(name: str) -> list[dict[str, Any]]:
-    """The plan of every budget (of scores on short rows) on rows as long as its context, at the sizes that it says."""
+    """The plan of every budget (of scores on short rows) on rows of all positions that the model has, slots and windows
+    at the same number per token; and with the sizes of the plan on rows of the context, and on their first part."""
     bench = bench_of(name)
-    rows = rows_for(name, CONTEXT, LONG_ROWS.stop)[LONG_ROWS]
     budgets = [Budget(share * bench.planner.source_bytes, text=f"{share:.0%}") for share in BUDGETS[:-1]]
-    plans = [bench.planner.best(budget, MEASUREMENTS) for budget in budgets]
-    losses = measured_rows(
-        bench.planner.teacher, bench.planner.train, rows, [bench.planner.entries(plan) for plan in plans]
-    )
+    plans = [bench.planner.entries(bench.planner.best(budget, MEASUREMENTS)) for budget in budgets]
+    predicted = [bench.planner.predicted(bench.planner.best(budget, MEASUREMENTS)) for budget in budgets]
+    rows = rows_for(name, CONTEXT, LONG_ROWS.stop)[LONG_ROWS]
+    positions = int((bench.planner.teacher.source_config or {})["max_position_embeddings"])
+    found = {
+        "scaled": bench.measure_on([row[:, :positions] for row in rows], [scaled(plan, positions) for plan in plans]),
+        "first": bench.measure_on([row[:, :positions] for row in rows], plans),
+        "context": bench.measure_on(rows, plans),
+    }
     return [
-        {"budget": share, "predicted": bench.planner.predicted(plan), "loss": statistics.fmean(found),
-         "tokens": CONTEXT * len(rows)}
-        for share, plan, found in zip(BUDGETS, plans, losses, strict=False)
+        {"budget": share, "predicted": loss, "rows": len(rows), "positions": positions,
+         **{key: statistics.fmean(losses[at]) for key, losses in found.items()}}
+        for at, (share, loss) in enumerate(zip(BUDGETS, predicted, strict=False))
     ]  # fmt: skip
+
+
+def scaled(plan: Sequence[PlanEntry], length: int) -> list[PlanEntry]:
+    return [
+        entry.model_copy(update={"options": scored_options(entry.mixer, entry.options, CONTEXT, length)})
+        for entry in plan
+    ]
 
 
 class Bench:
@@ -158,7 +170,10 @@ class Bench:
         self.similarity = found["similarity"]
 
     def measure(self, plans: Sequence[Sequence[PlanEntry]]) -> list[list[float]]:
-        return measured_rows(self.planner.teacher, self.planner.train, self.test, plans)
+        return self.measure_on(self.test, plans)
+
+    def measure_on(self, rows: Sequence[torch.Tensor], plans: Sequence[Sequence[PlanEntry]]) -> list[list[float]]:
+        return measured_rows(self.planner.teacher, self.planner.train, rows, plans)
 
     def budgets(self) -> list[dict[str, Any]]:
         found, earlier = [], []

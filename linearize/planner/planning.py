@@ -215,28 +215,35 @@ class Planner:
     def neighbours(self, start: Assignment, budget: Budget) -> list[Assignment]:
         """Plans within the budget that differ from `start` by a step up at one site, paid by steps down at another, by
         other shared caches, or by one candidate everywhere; the most promising first, `NEIGHBOURS` of them."""
+        most = CLOSE * self.predicted(start) + 1e-6
+        others = [*self.solutions(budget)[:NEIGHBOURS], *self.uniform()]
+        found = _distinct([start, *self._moved(start, budget, most), *others])
+        losses = {_key(one): self.predicted(one) for one in found}
+        fitting = [
+            one for one in found
+            if losses[_key(one)] <= most and self.cost(one, budget) <= budget.limit and self.allowed(one)
+        ]  # fmt: skip
+        return sorted(fitting, key=lambda one: losses[_key(one)])[:NEIGHBOURS]
+
+    def _moved(self, start: Assignment, budget: Budget, most: float) -> list[Assignment]:
+        """Plans after `_moves` that lose at most `most` and fit, by differences from `start` alone; sites that share a
+        cache, and those whose cache it is, stay."""
         bound = {site for site, choice in start.items() if choice[0].of is not None}
         bound |= {choice[0].of for choice in start.values() if choice[0].of is not None}
         free = [site for site in self.teacher.matched if site.index not in bound]
         items = {site.index: self.frontier(site, budget.seconds) for site in free}
         place = {index: _place(items[index], start[index]) for index in items}
-        lost = {index: [one.loss - items[index][place[index]].loss for one in items[index]] for index in items}
-        spent = {index: [one.cost - items[index][place[index]].cost for one in items[index]] for index in items}
-        room, base = budget.limit - self.cost(start, budget), self.predicted(start)
-        limit = (CLOSE - 1) * base + 1e-6
+        lost = {index: [one.loss - item[place[index]].loss for one in item] for index, item in items.items()}
+        spent = {index: [one.cost - item[place[index]].cost for one in item] for index, item in items.items()}
+        room = budget.limit * (1 + 1e-9) - self.cost(start, budget)
+        more = most - self.predicted(start)
         near = [
-            (sum(lost[index][at] for index, at in moves), moves) for moves in _moves(place, items)
-            if sum(spent[index][at] for index, at in moves) <= room + 1e-9 * budget.limit
+            (loss, moves) for moves in _moves(place, items)
+            if (loss := sum(lost[index][at] for index, at in moves)) <= more
+            and sum(spent[index][at] for index, at in moves) <= room
         ]  # fmt: skip
-        close = sorted((one for one in near if one[0] <= limit), key=lambda one: one[0])[:NEIGHBOURS]
-        moved = [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in close]
-        found = _distinct([start, *moved, *self.solutions(budget)[:NEIGHBOURS], *self.uniform()])
-        losses = {_key(one): self.predicted(one) for one in found}
-        fitting = [
-            one for one in found
-            if losses[_key(one)] <= base + limit and self.cost(one, budget) <= budget.limit and self.allowed(one)
-        ]  # fmt: skip
-        return sorted(fitting, key=lambda one: losses[_key(one)])[:NEIGHBOURS]
+        near = sorted(near, key=lambda one: one[0])[:NEIGHBOURS]
+        return [{**start, **{index: items[index][at].choice for index, at in moves}} for _, moves in near]
 
     def uniform(self) -> list[Assignment]:
         """One candidate at every site, for all that every site can take; pinned sites as pinned."""
