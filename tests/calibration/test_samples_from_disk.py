@@ -94,6 +94,7 @@ def test_tokens_are_drawn_by_their_probability() -> None:
     assert drawn_by(logits, chance).flatten().tolist() == [0, 0, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_fitted_without_data(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     sample = samples_from_disk.sample_from_disk

@@ -50,7 +50,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, changes: dict[str, 
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def bytes_held(folder: Path, shard: bool) -> tuple[int, int]:
+def bytes_held() -> tuple[int, int]:
     """(what this process holds of Adam's moments, of trained parameters) after training."""
     found: list[tuple[int, int]] = []
     keep = end_to_end_state.TrainingState.keep
@@ -62,7 +62,7 @@ def bytes_held(folder: Path, shard: bool) -> tuple[int, int]:
 
     end_to_end_state.TrainingState.keep = measured
     try:
-        distilled(tokens=48, shard=shard)
+        distilled(tokens=48)
     finally:
         end_to_end_state.TrainingState.keep = keep
     return found[-1]
@@ -73,13 +73,10 @@ def own_bytes(tensor: Tensor) -> int:
 
 
 def test_each_process_holds_half_of_parameters_and_moments(tmp_path: Path) -> None:
-    moments, parameters = bytes_held(tmp_path, shard=True)  # one process: all of it
-    for of_two in in_two_processes(lambda: bytes_held(tmp_path, shard=True), tmp_path):
+    moments, parameters = bytes_held()  # one process: all of it
+    for of_two in in_two_processes(bytes_held, tmp_path):
         assert of_two[0] <= 0.55 * moments
         assert of_two[1] <= 0.55 * parameters
-    again = tmp_path / "again"
-    again.mkdir()
-    assert in_two_processes(lambda: bytes_held(tmp_path, shard=False), again)[0] == (moments, parameters)
 
 
 def test_a_killed_job_goes_on_and_ends_the_same(tmp_path: Path) -> None:
