@@ -65,7 +65,7 @@ typecheck: setup  ## Check types with mypy over the four packages, as they are i
 bench: setup  ## Run every benchmark in benchmarks/ and print its table (BENCH_ARGS=...)
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	[ $${#files[@]} -gt 0 ] || { echo "bench: no benchmarks/bench_*.py" >&2; exit 1; }; \
-	for file in "$${files[@]}"; do echo "== $$file"; "$(BIN)/python" "$$file" $(BENCH_ARGS); done
+	for file in "$${files[@]}"; do echo "== $$file"; PYTHONSAFEPATH= "$(BIN)/python" "$$file" $(BENCH_ARGS); done
 
 gpu: setup  ## On a machine with a GPU: test its kernels, then measure them (BENCH_ARGS=--quick)
 	LINEARIZE_GPU=1 "$(BIN)/python" -m pytest -q tests/gpu $(PYTEST_ARGS)

@@ -70,12 +70,13 @@ def long_page(rows: list[dict[str, Any]]) -> str:
     keys = ("predicted", "scaled", "first", "context")
     lines = [(f"{row['budget']:.0%}", *(figure(row[key]) for key in keys)) for row in rows]
     positions = f"{rows[0]['positions']:,}"
+    scored = f"{rows[0].get('scored', 1024):,}"
     heads = ("budget", "predicted", f"{positions}, same number a token", f"{positions}", "4,096")
     table = Figure("The same plans on longer rows, KL by the length of the rows", heads, lines)
     return f"""{table.markdown()}
 
-On {rows[0]["rows"]} rows. Predictions are from rows of 1,024 tokens, with slots and long windows at the same number per
-token as at 4,096; then as many per token on rows of {positions}, its `max_position_embeddings`; the same rows with
+On {rows[0]["rows"]} rows. Predictions are from rows of {scored} tokens, with slots and long windows at the same
+number per token as at 4,096; then as many per token on rows of {positions}, its `max_position_embeddings`; the same rows with
 the sizes that the plan says, which are meant for 4,096; and rows of 4,096. Predictions do not carry over to rows longer
 than those that scores were measured on: give `--data` and `--length` as long as the text that the model will read."""
 

@@ -46,9 +46,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES, BUILD = ROOT / "docs" / "planner_figures.json", ROOT / "build" / "bench_planner"
 CONTEXT = 4096
 BUDGETS = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
-MODELS = {"demo": 1024, "qwen3": 512, "gpt2": 512, "neox": 512}  # the length of its rows
+MODELS = {"demo": 2048, "qwen3": 512, "gpt2": 512, "neox": 512}  # the length of its rows
+TOKENS = 4096  # to score on, at most
 HELD_ROWS, TEST_ROWS, RANDOM, MEASUREMENTS = 2, 3, 50, 4
-LONG_ROWS = slice(3, 5)  # of CONTEXT tokens each, behind all rows above
+LONG_ROWS = slice(6, 8)  # of CONTEXT tokens each, behind all rows above
 SEEDS = (0, 1)  # of random plans, RANDOM each
 
 # name of a family: its mixer, what is fixed, and the option that the budget decides
@@ -107,7 +108,8 @@ def bench_of(name: str) -> Bench:
     source, length = model(name, BUILD), MODELS[name]
     rows = rows_for(name, length, 12)
     data, test = rows[:8], rows[8 : 8 + TEST_ROWS]
-    planner = make_planner(linearize.capture(source), CONTEXT, H200, data=data, tokens=4 * length, progress=True)
+    program, tokens = linearize.capture(source), min(4 * length, TOKENS)
+    planner = make_planner(program, CONTEXT, H200, data=data, tokens=tokens, progress=True)
     planner.held = planner.held[:HELD_ROWS]
     return Bench(planner, test)
 
@@ -146,7 +148,7 @@ def on_long_rows(name: str) -> list[dict[str, Any]]:
         "context": bench.measure_on(rows, plans),
     }
     return [
-        {"budget": share, "predicted": loss, "rows": len(rows), "positions": positions,
+        {"budget": share, "predicted": loss, "rows": len(rows), "scored": MODELS[name], "positions": positions,
          **{key: statistics.fmean(losses[at]) for key, losses in found.items()}}
         for at, (share, loss) in enumerate(zip(BUDGETS, predicted, strict=False))
     ]  # fmt: skip

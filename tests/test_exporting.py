@@ -55,7 +55,7 @@ def test_less_memory_than_the_forecast_is_refused_before_the_model_is_read(
 ) -> None:
     monkeypatch.setattr(exporting, "load", lambda source: pytest.fail("read the model before checking"))
     needed = exporting.forecast(saved, Options()).memory
-    with pytest.raises(DataError, match=r"needs about .* MiB of memory .*, and there are 1\.0 MiB of memory"):
+    with pytest.raises(DataError, match=r"needs about .* of memory .*, and there are 1\.0 MiB of memory"):
         linearize.export_directory(saved, tmp_path / "out", memory=1 << 20, say=lambda line: None)
     with pytest.raises(DataError, match="needs about"):
         linearize.export_directory(saved, tmp_path / "out", memory=needed // 2, say=lambda line: None)

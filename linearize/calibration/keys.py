@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from linearize.program import Program, program_text
@@ -22,9 +23,9 @@ def tokens_key(batches: list[Tensor]) -> str:
 
 
 def model_key(program: Program) -> str:
-    """A hash of the graph and of every parameter: its sum and `SAMPLES` of its numbers. Of a model
-    that stays on disk slices of its files count."""
-    digest = hashlib.sha256(f"1 {program.model_name}\n{program_text(program)}".encode())
+    """A hash of the graph and of every parameter: the sum of its bytes, which is the same in any order, and `SAMPLES`
+    of its numbers. Of a model that stays on disk slices of its files count."""
+    digest = hashlib.sha256(f"2 {program.model_name}\n{program_text(program)}".encode())
     if program.weights is not None:
         digest = hashlib.sha256(f"on disk {program.model_name}\n{program_text(program)}".encode())
         digest.update(program.weights.key().encode())
@@ -32,6 +33,7 @@ def model_key(program: Program) -> str:
     for name, parameter in sorted(own):
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // SAMPLES)].double()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {flat.double().sum().item()}".encode())
+        total = flat.contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {total}".encode())
         digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()

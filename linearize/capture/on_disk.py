@@ -43,6 +43,8 @@ def capture_directory(directory: str | Path, device: torch.device | str = "cpu")
         CaptureError: as `capture`; or the graph is not the model by value.
     """
     from linearize.passes import CAPTURE_PASSES
+    from linearize.passes.normalise.spell_casts import SpellCasts
+    from linearize.passes.normalise.strip_noops import StripNoops
     from linearize.pipeline import run_pipeline
 
     files = stored_tensors(Path(directory))
@@ -56,6 +58,7 @@ def capture_directory(directory: str | Path, device: torch.device | str = "cpu")
             "weights in memory; compile it without streaming"
         )
     _check_values(program)
+    program = run_pipeline(program, [SpellCasts(), StripNoops()])  # casts to the meta device
     program = _checked(program, model).recorded("read_weights", started)
     del model
     return _without_traces(run_pipeline(program, CAPTURE_PASSES))

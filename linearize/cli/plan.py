@@ -60,7 +60,7 @@ def plan_model(
     heads: Annotated[bool, typer.Option(help="Let the kv heads of a layer differ.")] = True,
     data: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to score on, as for compile.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to score on, and as many to measure plans on.")] = 4096,
-    length: Annotated[int, typer.Option(min=32, help="Longest row to score on.")] = 1024,
+    length: Annotated[int, typer.Option(min=32, help="Longest row to score on.")] = 2048,
     measurements: Annotated[int, typer.Option(min=0, help="Plans to measure around the solution.")] = 6,
     pareto: Annotated[
         Path | None, typer.Option(help="Also draw loss over bytes for many budgets, as .svg.", show_default=False)

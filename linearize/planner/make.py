@@ -35,7 +35,7 @@ from linearize.progress import Progress
 from linearize.spec import Site
 
 TOKENS = 4096
-LONGEST = 1024  # of a row that scores are measured on, unless the data has longer ones
+LONGEST = 2048  # of a row that scores are measured on, unless the data has longer ones
 
 
 @dataclass(frozen=True)

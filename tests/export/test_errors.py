@@ -163,10 +163,10 @@ def test_what_was_recorded_is_compared_with_the_file(recorded, directory):
 @pytest.mark.parametrize(
     ("call", "array", "reason"),
     [
-        (0, "state past.layers_0_ring_v", r"logits, batch 2, 1 tokens from a random state"),
-        (1, "new past.layers_0_ring_k", r"state past\.layers_0_ring_k, batch 2, 3 tokens from a random state"),
+        (0, "state past.layers_0_near_v", r"logits, batch 2, 1 tokens from a random state"),
+        (1, "new past.layers_0_near_k", r"state past\.layers_0_near_k, batch 2, 3 tokens from a random state"),
         (-2, "logits", r"logits, batch 1, prompt of 5, after 3 greedy steps"),
-        (-1, "new past.layers_0_ring_v", r"state past\.layers_0_ring_v, batch 1, prompt of 5, after 4 greedy steps"),
+        (-1, "new past.layers_0_near_v", r"state past\.layers_0_near_v, batch 1, prompt of 5, after 4 greedy steps"),
     ],
 )
 def test_any_array_that_differs_is_named(recorded, directory, call, array, reason):

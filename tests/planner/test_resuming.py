@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import linearize
 from linearize.calibration.keys import tokens_key
 from linearize.passes.rewrite import RaiseAttention
 from linearize.pipeline import run_pipeline
@@ -18,6 +20,7 @@ from linearize.planner import scores as scores_module
 from linearize.planner.candidates import Candidate
 from linearize.planner.found import found_candidates
 from linearize.planner.scores import Scored, Scores, SiteBench, planner_scores
+from linearize.program import Program
 from linearize.progress import Progress
 from tests import zoo
 
@@ -29,9 +32,15 @@ WANTED = [
 ]
 
 
+@functools.cache
+def llama() -> Program:
+    """One of this process alone, whose weights no other test has changed."""
+    return run_pipeline(linearize.capture(zoo.BY_NAME["llama"].build()), [RaiseAttention()])
+
+
 def scored() -> Scores:
-    """Found and measured on the zoo's llama, into LINEARIZE_CACHE."""
-    program, key = run_pipeline(zoo.captured("llama"), [RaiseAttention()]), tokens_key(BATCHES)
+    """Found and measured, into LINEARIZE_CACHE."""
+    program, key = llama(), tokens_key(BATCHES)
     more = found_candidates(program, lambda: BATCHES, key, ("moa", "share"), 48, 24, Progress(False))
     candidates = {site.index: [*WANTED, *more[site.index]] for site in program.matched}
     return planner_scores(program, lambda: BATCHES, key, candidates, Progress(False))
