@@ -76,9 +76,10 @@ def long_page(rows: list[dict[str, Any]]) -> str:
     return f"""{table.markdown()}
 
 On {rows[0]["rows"]} rows. Predictions are from rows of {scored} tokens, with slots and long windows at the same
-number per token as at 4,096; then as many per token on rows of {positions}, its `max_position_embeddings`; the same rows with
-the sizes that the plan says, which are meant for 4,096; and rows of 4,096. Predictions do not carry over to rows longer
-than those that scores were measured on: give `--data` and `--length` as long as the text that the model will read."""
+number per token as at 4,096; then as many per token on rows of {positions}, its `max_position_embeddings`; the same
+rows with the sizes that the plan says, which are meant for 4,096; and rows of 4,096. Predictions do not carry over to
+rows longer than those that scores were measured on: give `--data` and `--length` as long as the text that the model
+will read."""
 
 
 def best_recipe(found: dict[str, Any], row: dict[str, Any]) -> str | None:
