@@ -1,13 +1,14 @@
 """Safetensors files read and written piece by piece, so that no file has to fit in memory.
 
 A file is 8 bytes n (little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes.
-Nothing is mapped: a mapping counts in full against a limit on address space, a read only by its own size.
+No file is mapped: a mapping counts in full against a limit on address space, a read only by its own size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
+OWN_PAGES = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,19 @@ def read_tensor(stored: Stored) -> Tensor:
     Raises:
         ArtifactError: it cannot be read.
     """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = _empty(stored)
     if stored.nbytes:
         _read_into(stored, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return tensor
+
+
+def _empty(stored: Stored) -> Tensor:
+    """A large one has pages of its own, which go back to the system with it. In the heap, tensors that are read and let
+    go of leave holes that the next one does not fit in: a walk over 48 layers took a quarter more memory."""
+    if stored.nbytes < OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    pages = mmap.mmap(-1, stored.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(stored.dtype).reshape(stored.shape)
 
 
 def _read_into(stored: Stored, view: memoryview) -> None:
