@@ -153,7 +153,8 @@ Written by `python benchmarks/bench_planner.py` (torch {torch}, one thread). [Pl
 At every budget, a share of what the source carries at {context} tokens of context: the plan, one mixer in every layer
 as large as the budget allows (windows, slots, LoLCATs, moments, latent attention), LLM-Drop with as few attentions
 deleted as the budget needs, and the built-in recipes at their own bytes. Mixers that learn are prepared in all of
-them, in closed form where they have one, without gradients. Losses are measured on rows shorter than the context, with
+them, in closed form where they have one, without gradients. The evicting caches, windows by head and shared caches
+are candidates of the embedded model's plans alone. Losses are measured on rows shorter than the context, with
 slots, caches of evicting mixers and windows above 128 keys at the same number per token as at {context}; rows that
 plans were not chosen on. The planner's sizes of slots end at half of the context and those of latent caches at half of
 the source's, so from 60 % on a uniform mixer that is larger can lose less: so on the GPT-NeoX, both less than a
