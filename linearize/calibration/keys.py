@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize.program import Program, program_text
 
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 SAMPLES = 256  # numbers of a parameter that enter the model's hash, beside its sum
 
 
@@ -23,8 +24,8 @@ def tokens_key(batches: list[Tensor]) -> str:
 
 
 def model_key(program: Program) -> str:
-    """A hash of the graph and of every parameter: the sum of its bytes, which is the same in any order, and `SAMPLES`
-    of its numbers. Of a model that stays on disk slices of its files count."""
+    """A hash of the graph and of every parameter: the sum of its numbers' bits as integers, which is the same in
+    any order, and `SAMPLES` of its numbers. Of a model that stays on disk slices of its files count."""
     digest = hashlib.sha256(f"2 {program.model_name}\n{program_text(program)}".encode())
     if program.weights is not None:
         digest = hashlib.sha256(f"on disk {program.model_name}\n{program_text(program)}".encode())
@@ -33,7 +34,7 @@ def model_key(program: Program) -> str:
     for name, parameter in sorted(own):
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // SAMPLES)].double()
-        total = flat.contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+        total = flat.contiguous().view(WORDS[min(flat.element_size(), 8)]).sum(dtype=torch.int64).item()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {total}".encode())
         digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()

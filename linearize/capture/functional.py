@@ -16,7 +16,6 @@ from torch.export import ExportedProgram
 aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 SPELLED = (aten.to, aten.reshape, aten.contiguous)  # by passes/normalise: spell_casts, reshape_views, strip_noops
-
 SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
