@@ -20,6 +20,7 @@ from linearize.cli._models import (
     read_calibration,
 )
 from linearize.cli._shell import out, say
+from linearize.cli._streaming import Memory, Streaming
 
 if TYPE_CHECKING:
     from linearize.calibration.sources import TextRows
@@ -60,17 +61,8 @@ def compile_model(
         Path | None, typer.Option(help="A plan to follow, which linearize plan or inspect --save-plan wrote.")
     ] = None,
     mixers: Mixers = None,
-    streaming: Annotated[
-        bool | None,
-        typer.Option(
-            help="One block of the model in memory at a time. By itself where a local model does not fit.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory that streaming may take: 8GiB. What is free.", show_default=False),
-    ] = None,
+    streaming: Streaming = None,
+    memory: Memory = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")] = False,
 ) -> None:
     """Replace a model's softmax attention by mixers with a fixed-size state, and fit them to it.

@@ -10,6 +10,7 @@ import typer
 from linearize.cli._mixers import Mixers
 from linearize.cli._models import MODEL_HELP, config_of, limit_of, load_source
 from linearize.cli._shell import out, say
+from linearize.cli._streaming import Memory, Streaming
 from linearize.errors import DataError, LinearizeError, RecipeError
 
 if TYPE_CHECKING:
@@ -66,17 +67,8 @@ def plan_model(
         Path | None, typer.Option(help="Also draw loss over bytes for many budgets, as .svg.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
-    streaming: Annotated[
-        bool | None,
-        typer.Option(
-            help="One block of the model in memory at a time. By itself where a local model does not fit.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory that streaming may take: 8GiB. What is free.", show_default=False),
-    ] = None,
+    streaming: Streaming = None,
+    memory: Memory = None,
     mixers: Mixers = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
